@@ -1,0 +1,328 @@
+"""A chain as one file: safetensors, with exactly one metadata key that holds canonical JSON.
+
+One key, because safetensors writes several in random order; canonical JSON and no clock, host or duration, so that
+saving a loaded chain gives the same bytes and the sha256 of the file names the chain. The format stands in
+`docs/reference/chain-file.md`. Nothing is ever unpickled: a file is refused unless every byte of it is accounted for.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+from numpy.typing import NDArray
+from pydantic import BaseModel, ConfigDict, Field, JsonValue, ValidationError
+from safetensors import SafetensorError
+from safetensors.numpy import load as load_tensors
+from safetensors.numpy import save as save_tensors
+
+from chains.arch import architecture
+from chains.chain import STATISTICS, Chain, Frontier, InputSpec, WidthAccuracy
+from chains.cut import NestedTree, Partition, SharedClusters
+from chains.errors import ChainFileError, ChainsError
+from chains.width import Width
+
+FORMAT_VERSION = 1
+METADATA_KEY = "widthwise"
+MAX_HEADER_BYTES = 16 * 1024 * 1024
+PICKLE_STARTS = (b"PK\x03\x04", b"\x80")  # a torch zip, a bare pickle
+
+
+@dataclass(frozen=True, eq=False)
+class StoredChain:
+    """A chain and the file it is stored in: sha256 of its bytes (64 hex digits) and their number."""
+
+    chain: Chain
+    digest: str
+    size_bytes: int
+
+
+def canonical_json(value: Any) -> str:
+    """The one way to write a JSON value: keys sorted, no spaces, UTF-8, no NaN."""
+    return json.dumps(value, sort_keys=True, separators=(",", ":"), ensure_ascii=False, allow_nan=False)
+
+
+def dump(chain: Chain) -> bytes:
+    """The bytes of `chain`'s file: a function of the chain alone."""
+    return save_tensors(_file_tensors(chain), metadata={METADATA_KEY: canonical_json(_header(chain))})
+
+
+def save(chain: Chain, path: Path) -> StoredChain:
+    """Write `chain` to `path`, whole or not at all."""
+    data = dump(chain)
+    draft = path.with_name(path.name + ".partial")
+    with draft.open("wb") as file:
+        file.write(data)
+        file.flush()
+        os.fsync(file.fileno())
+    draft.replace(path)
+    return StoredChain(chain, hashlib.sha256(data).hexdigest(), len(data))
+
+
+def load(source: bytes | Path) -> StoredChain:
+    """Read a chain file and check all of it.
+
+    Raises `ChainFileError` for anything that is not a whole, sane chain file of this version: pickles, truncated files,
+    unknown versions and fields, NaN or infinity, tensors that are missing, left over or of another shape than the
+    architecture says.
+    """
+    data = source if isinstance(source, bytes) else source.read_bytes()
+    try:
+        header, tensors = _parse(data)
+        chain = _build(header, tensors)
+    except ChainFileError:
+        raise
+    except (ChainsError, SafetensorError, ValidationError) as refusal:
+        raise ChainFileError(f"not a usable chain file: {_short(refusal)}") from refusal
+    return StoredChain(chain, hashlib.sha256(data).hexdigest(), len(data))
+
+
+# --- the header
+
+
+class _Strict(BaseModel):
+    model_config = ConfigDict(extra="forbid", strict=True, frozen=True)
+
+
+class _Input(_Strict):
+    height: int = Field(ge=16, le=4096)
+    width: int = Field(ge=16, le=4096)
+    mean: list[float] = Field(min_length=3, max_length=3)
+    std: list[float] = Field(min_length=3, max_length=3)
+
+
+class _Accuracy(_Strict):
+    width: str
+    map: float = Field(ge=0, le=100)
+    map_ci95: list[float] = Field(min_length=2, max_length=2)
+    rank1: float = Field(ge=0, le=100)
+    rank5: float = Field(ge=0, le=100)
+    rank10: float = Field(ge=0, le=100)
+
+
+class _Frontier(_Strict):
+    dataset: str
+    protocol: str
+    seed: int
+    queries: int = Field(ge=1)
+    gallery: int = Field(ge=1)
+    trained_after_expansion: bool
+    widths: list[_Accuracy]
+    cross_map: list[list[float]]
+
+
+class _Header(_Strict):
+    format_version: int
+    name: str = Field(pattern=r"^[a-z0-9][a-z0-9._-]{0,62}$")
+    architecture: str
+    mode: Literal["nested", "oskt"]
+    teacher: str
+    ladder: list[str] = Field(min_length=1, max_length=256)
+    input: _Input
+    embedding_space: str = Field(pattern=r"^[a-z0-9][a-z0-9-]{0,63}$")
+    license: str = Field(min_length=1, max_length=200)
+    frontier: _Frontier | None
+    provenance: dict[str, JsonValue]
+
+
+def _header(chain: Chain) -> dict[str, Any]:
+    return {
+        "format_version": FORMAT_VERSION,
+        "name": chain.name,
+        "architecture": chain.architecture,
+        "mode": chain.mode,
+        "teacher": str(chain.teacher),
+        "ladder": [str(width) for width in chain.ladder],
+        "input": {
+            "height": chain.input.height,
+            "width": chain.input.width,
+            "mean": list(chain.input.mean),
+            "std": list(chain.input.std),
+        },
+        "embedding_space": chain.embedding_space,
+        "license": chain.license,
+        "frontier": None if chain.frontier is None else _frontier_json(chain.frontier),
+        "provenance": dict(chain.provenance),
+    }
+
+
+def _frontier_json(frontier: Frontier) -> dict[str, Any]:
+    return {
+        **{name: getattr(frontier, name) for name in ("dataset", "protocol", "seed", "queries", "gallery")},
+        "trained_after_expansion": frontier.trained_after_expansion,
+        "widths": [
+            {
+                "width": str(measured.width),
+                "map": measured.map,
+                "map_ci95": list(measured.map_ci95),
+                **{f"rank{rank}": getattr(measured, f"rank{rank}") for rank in (1, 5, 10)},
+            }
+            for measured in frontier.widths
+        ],
+        "cross_map": [list(row) for row in frontier.cross_map],
+    }
+
+
+# --- the tensors: weight/<tensor>, group/<group>/order|splits|sizes, statistics/<width>/<norm>.running_mean|var
+
+
+def _file_tensors(chain: Chain) -> dict[str, NDArray[Any]]:
+    tensors: dict[str, NDArray[Any]] = {f"weight/{name}": tensor for name, tensor in chain.tensors.items()}
+    for group, partition in chain.partitions.items():
+        tensors[f"group/{group}/order"] = partition.order.astype(np.int32)
+        family, values = _family_of(partition)
+        tensors[f"group/{group}/{family}"] = values.astype(np.int32)
+    for width, statistics in chain.statistics.items():
+        tensors |= {f"statistics/{width}/{name}": values for name, values in statistics.items()}
+    return {name: np.ascontiguousarray(tensor) for name, tensor in tensors.items()}
+
+
+def _family_of(partition: Partition) -> tuple[str, NDArray[np.int64]]:
+    return ("splits", partition.splits) if isinstance(partition, NestedTree) else ("sizes", partition.sizes)
+
+
+def _parse(data: bytes) -> tuple[_Header, dict[str, NDArray[Any]]]:
+    if data.startswith(PICKLE_STARTS):
+        raise ChainFileError(
+            "this is a pickle or a torch checkpoint, which can run code when read; a chain is a safetensors file"
+        )
+    metadata = _metadata(data)
+    if metadata.keys() != {METADATA_KEY}:
+        raise ChainFileError(f"a chain file has one metadata key, '{METADATA_KEY}'; found {sorted(metadata)[:4]}")
+    ours = _json_object(metadata[METADATA_KEY])
+    _require_version(ours.get("format_version"))
+    return _Header.model_validate(ours), load_tensors(data)
+
+
+def _require_version(version: object) -> None:
+    """Before anything else is looked at: a later version may mean other fields."""
+    if version != FORMAT_VERSION:
+        raise ChainFileError(
+            f"format version {str(version)[:20]} is not {FORMAT_VERSION}, the one this release reads; upgrade Widthwise"
+        )
+
+
+def _metadata(data: bytes) -> dict[str, str]:
+    """The metadata of a safetensors file; `load_tensors` checks all the rest of its header but does not return this."""
+    length = int.from_bytes(data[:8], "little") if len(data) >= 8 else 0
+    if not 2 <= length <= min(MAX_HEADER_BYTES, len(data) - 8):
+        raise ChainFileError(f"{len(data)} bytes with a header that claims {length}: truncated, or no safetensors file")
+    header = _json_object(data[8 : 8 + length])
+    metadata = header.get("__metadata__", {})
+    return metadata if isinstance(metadata, dict) else {}
+
+
+def _json_object(text: bytes | str) -> dict[str, Any]:
+    try:
+        value = json.loads(text, parse_constant=_refuse_constant)
+    except (ValueError, RecursionError) as error:
+        raise ChainFileError(f"the header is no JSON: {_short(error)}") from error
+    if not isinstance(value, dict):
+        raise ChainFileError("the header is no JSON object")
+    return value
+
+
+def _refuse_constant(name: str) -> None:
+    raise ChainFileError(f"the header holds {name}, which is no JSON number")
+
+
+def _build(header: _Header, tensors: dict[str, NDArray[Any]]) -> Chain:
+    table = architecture(header.architecture)
+    ladder = tuple(_canonical_width(text) for text in header.ladder)
+    left = dict(tensors)
+    weights = {name: _take(left, f"weight/{name}", np.float32) for name in table.axes}
+    partitions = {group: _partition(left, group, header.mode) for group in table.groups}
+    statistics = {
+        width: _statistics(left, width, tuple(table.norms)) for width in ladder if _is_calibrated(left, width)
+    }
+    if left:
+        raise ChainFileError(
+            f"the file holds {len(left)} tensors that no part of a chain claims, such as '{min(left)[:80]}'"
+        )
+    return Chain(
+        name=header.name,
+        architecture=header.architecture,
+        mode=header.mode,
+        teacher=_canonical_width(header.teacher),
+        ladder=ladder,
+        input=InputSpec(header.input.height, header.input.width, _triple(header.input.mean), _triple(header.input.std)),
+        embedding_space=header.embedding_space,
+        license=header.license,
+        tensors=weights,
+        partitions=partitions,
+        statistics=statistics,
+        frontier=None if header.frontier is None else _frontier(header.frontier),
+        provenance=header.provenance,
+    )
+
+
+def _take(left: dict[str, NDArray[Any]], name: str, dtype: type[np.generic]) -> NDArray[Any]:
+    if name not in left:
+        raise ChainFileError(f"tensor '{name}' is missing")
+    tensor = left.pop(name)
+    if tensor.dtype != dtype:
+        raise ChainFileError(f"tensor '{name}' is {tensor.dtype}, not {np.dtype(dtype)}")
+    return tensor
+
+
+def _partition(left: dict[str, NDArray[Any]], group: str, mode: str) -> Partition:
+    order = _take(left, f"group/{group}/order", np.int32).astype(np.int64)
+    family = "splits" if mode == "nested" else "sizes"
+    values = _take(left, f"group/{group}/{family}", np.int32).astype(np.int64)
+    return NestedTree(order, values) if mode == "nested" else SharedClusters(order, values)
+
+
+def _is_calibrated(left: Mapping[str, NDArray[Any]], width: Width) -> bool:
+    return any(name.startswith(f"statistics/{width}/") for name in left)
+
+
+def _statistics(left: dict[str, NDArray[Any]], width: Width, norms: tuple[str, ...]) -> dict[str, NDArray[np.float32]]:
+    names = [f"{norm}.{kind}" for norm in norms for kind in STATISTICS]
+    return {name: _take(left, f"statistics/{width}/{name}", np.float32) for name in names}
+
+
+def _frontier(header: _Frontier) -> Frontier:
+    measured = tuple(
+        WidthAccuracy(_canonical_width(w.width), w.map, (w.map_ci95[0], w.map_ci95[1]), w.rank1, w.rank5, w.rank10)
+        for w in header.widths
+    )
+    if len(header.cross_map) != len(measured) or any(len(row) != len(measured) for row in header.cross_map):
+        raise ChainFileError(
+            f"the cross-width matrix must be {len(measured)} × {len(measured)}, a row per measured width"
+        )
+    return Frontier(
+        dataset=header.dataset,
+        protocol=header.protocol,
+        seed=header.seed,
+        queries=header.queries,
+        gallery=header.gallery,
+        trained_after_expansion=header.trained_after_expansion,
+        widths=measured,
+        cross_map=tuple(tuple(row) for row in header.cross_map),
+    )
+
+
+def _canonical_width(text: str) -> Width:
+    width = Width.parse(text)
+    if str(width) != text:
+        raise ChainFileError(f"width '{text}' is not written in full: '{width}'")
+    return width
+
+
+def _triple(values: list[float]) -> tuple[float, float, float]:
+    first, second, third = values
+    return first, second, third
+
+
+def _short(error: Exception) -> str:
+    """An error in one capped line: a hostile file must not fill the log."""
+    if isinstance(error, ValidationError):
+        first = error.errors(include_url=False, include_input=False)[0]
+        return f"header field '{'.'.join(str(part) for part in first['loc'])}': {first['msg']}"[:300]
+    return (str(error).strip().splitlines() or [type(error).__name__])[0][:300]

@@ -1,0 +1,1 @@
+"""Backbones: plain torch modules that take their widths and know nothing of chains."""

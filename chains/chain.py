@@ -1,0 +1,184 @@
+"""Chain: a refined teacher as a value, from which a student of every width on its ladder can be made."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+import numpy as np
+from numpy.typing import NDArray
+
+from chains.arch import Architecture, architecture
+from chains.cut import Cut, Indices, Partition
+from chains.errors import ChainMismatch, NotCalibrated
+from chains.width import Width
+
+Mode = Literal["nested", "oskt"]
+Floats = NDArray[np.float32]
+
+
+@dataclass(frozen=True)
+class InputSpec:
+    """What a model of this chain wants to see: RGB, `height` × `width` pixels, `(pixel / 255 - mean) / std`."""
+
+    height: int
+    width: int
+    mean: tuple[float, float, float]
+    std: tuple[float, float, float]
+
+
+@dataclass(frozen=True)
+class WidthAccuracy:
+    """Measured retrieval accuracy of one width, in percent. `map_ci95`: bootstrap interval over queries."""
+
+    width: Width
+    map: float
+    map_ci95: tuple[float, float]
+    rank1: float
+    rank5: float
+    rank10: float
+
+
+@dataclass(frozen=True)
+class Frontier:
+    """Accuracy per width and how it was measured. `cross_map[q][g]`: mAP in percent of queries embedded at the q-th
+    width against a gallery embedded at the g-th, in the common space."""
+
+    dataset: str
+    protocol: str
+    seed: int
+    queries: int
+    gallery: int
+    trained_after_expansion: bool
+    widths: tuple[WidthAccuracy, ...]
+    cross_map: tuple[tuple[float, ...], ...]
+
+    def of(self, width: Width) -> WidthAccuracy | None:
+        return next((measured for measured in self.widths if measured.width == width), None)
+
+
+@dataclass(frozen=True, eq=False)
+class Chain:
+    """A weight chain.
+
+    tensors: tensor name -> float32, rows and columns in the leaf order of their group.
+    partitions: group -> the family of its cuts.
+    ladder: the widths on offer, narrow to wide. statistics: width -> `<norm>.running_mean` / `.running_var` -> float32.
+    embedding_space: id of the space that embeddings of every width share; it changes with every training.
+    provenance: how the chain came to be, as JSON values; no clock, host or duration, so that the same run gives the
+    same file. Raises `ChainMismatch` when tensors, partitions or statistics do not fit the architecture.
+    """
+
+    name: str
+    architecture: str
+    mode: Mode
+    teacher: Width
+    ladder: tuple[Width, ...]
+    input: InputSpec
+    embedding_space: str
+    license: str
+    tensors: Mapping[str, Floats]
+    partitions: Mapping[str, Partition]
+    statistics: Mapping[Width, Mapping[str, Floats]] = field(default_factory=dict)
+    frontier: Frontier | None = None
+    provenance: Mapping[str, Any] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        _check_partitions(self)
+        _check_tensors(self)
+        _check_ladder(self)
+        for width, statistics in self.statistics.items():
+            _check_statistics(self, width, statistics)
+
+    @property
+    def table(self) -> Architecture:
+        return architecture(self.architecture)
+
+    @property
+    def embedding_dim(self) -> int:
+        """Length of embeddings in the common space: the teacher's."""
+        return self.table.group_sizes(self.teacher)[self.table.embedding_group]
+
+    def cuts(self, width: Width) -> dict[str, Cut]:
+        """One cut per channel group. Raises `WidthError` or `CutError` when the chain cannot give `width`."""
+        self.table.require_within(width, self.teacher)
+        return {group: self.partitions[group].cut(size) for group, size in self.table.group_sizes(width).items()}
+
+    def lift(self, width: Width) -> Indices:
+        """Teacher embedding channel, in the teacher's own order -> the student coordinate that stands for it: int64
+        (embedding_dim,). `native[lift]` answers in the common space (oskt.md §4)."""
+        return lift_of(
+            self.partitions[self.table.embedding_group], self.table.groups[self.table.embedding_group].size(width)
+        )
+
+    def require_calibrated(self, width: Width) -> Mapping[str, Floats]:
+        """The normalisation statistics of `width`. Raises `NotCalibrated` when it has none."""
+        if width not in self.statistics:
+            offered = ", ".join(str(known) for known in self.statistics) or "none yet"
+            raise NotCalibrated(
+                f"width {width} of chain '{self.name}' has no normalisation statistics; calibrated: {offered}"
+            )
+        return self.statistics[width]
+
+
+def lift_of(partition: Partition, size: int) -> Indices:
+    """As `Chain.lift`, for one group's partition."""
+    lift = np.empty(len(partition.order), dtype=np.int64)
+    lift[partition.order] = partition.cut(size).part_of()
+    return lift
+
+
+def _check_partitions(chain: Chain) -> None:
+    sizes = chain.table.group_sizes(chain.teacher)
+    if chain.partitions.keys() != sizes.keys():
+        raise ChainMismatch(f"groups {sorted(chain.partitions.keys() ^ sizes.keys())} are not in both table and chain")
+    for group, size in sizes.items():
+        if len(chain.partitions[group].order) != size:
+            raise ChainMismatch(
+                f"group '{group}' has {size} channels at {chain.teacher}; its order in this chain has "
+                f"{len(chain.partitions[group].order)}"
+            )
+
+
+def _check_tensors(chain: Chain) -> None:
+    shapes = chain.table.tensor_shapes(chain.teacher)
+    if chain.tensors.keys() != shapes.keys():
+        raise ChainMismatch(
+            f"tensors {sorted(chain.tensors.keys() ^ shapes.keys())[:4]} are not in both table and chain"
+        )
+    for name, shape in shapes.items():
+        rows = chain.partitions[chain.table.axes[name].rows].stored_rows if len(shape) > 1 else shape[0]
+        _require_array(name, chain.tensors[name], (rows, *shape[1:]))
+
+
+def _check_ladder(chain: Chain) -> None:
+    if not chain.ladder or list(chain.ladder) != sorted(set(chain.ladder)):
+        raise ChainMismatch(
+            f"the ladder of chain '{chain.name}' must list at least one width, narrow to wide, each once"
+        )
+    for width in chain.ladder:
+        chain.cuts(width)
+
+
+def _check_statistics(chain: Chain, width: Width, statistics: Mapping[str, Floats]) -> None:
+    sizes = chain.table.group_sizes(width)
+    expected = {f"{norm}.{kind}": sizes[group] for norm, group in chain.table.norms.items() for kind in STATISTICS}
+    if statistics.keys() != expected.keys():
+        raise ChainMismatch(
+            f"width {width}: statistics {sorted(statistics.keys() ^ expected.keys())[:4]} do not belong"
+        )
+    for name, size in expected.items():
+        _require_array(f"{name} at {width}", statistics[name], (size,))
+        if name.endswith("running_var") and bool((statistics[name] < 0).any()):
+            raise ChainMismatch(f"{name} at {width} has a negative variance")
+
+
+def _require_array(name: str, array: Floats, shape: tuple[int, ...]) -> None:
+    if array.dtype != np.float32 or array.shape != shape:
+        raise ChainMismatch(f"{name} is {array.dtype} {array.shape}; this chain needs float32 {shape}")
+    if not bool(np.isfinite(array).all()):
+        raise ChainMismatch(f"{name} holds NaN or infinity")
+
+
+STATISTICS = ("running_mean", "running_var")

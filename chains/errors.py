@@ -1,0 +1,74 @@
+"""Every error of the weight-chain library.
+
+    ChainsError
+    ├── WidthError          a width cannot be read, or is outside what the chain can give
+    ├── ArchitectureError   no such architecture
+    ├── CutError            a tree or a cut of a channel group is malformed
+    ├── ChainMismatch       tensors do not fit the axis table they came with
+    ├── ChainFileError      a file is not a chain file this version can trust
+    ├── NotCalibrated       a width has no normalisation statistics, so it must not be served
+    ├── LimitsError         the stated limits make no sense
+    ├── BudgetTooSmall      no width fits the stated limits
+    ├── UnsupportedOption   the ONNX writer cannot emit what was asked for
+    └── DataError           images or labels are unusable
+
+Messages are for people: what was wrong, with the number, and what to do. They know no HTTP.
+"""
+
+
+class ChainsError(Exception):
+    """Base of all errors raised on purpose by this library."""
+
+
+class WidthError(ChainsError):
+    """A width cannot be read, or is outside what the chain can give."""
+
+
+class ArchitectureError(ChainsError):
+    """No such architecture."""
+
+
+class CutError(ChainsError):
+    """A tree or a cut of a channel group is malformed."""
+
+
+class ChainMismatch(ChainsError):
+    """Tensors do not fit the axis table they came with; the message names the tensor and its group."""
+
+
+class ChainFileError(ChainsError):
+    """A file is not a chain file this version can trust."""
+
+
+class NotCalibrated(ChainsError):
+    """A width has no normalisation statistics in this chain, so a model of it must not be served."""
+
+
+class LimitsError(ChainsError):
+    """The stated limits make no sense."""
+
+
+class BudgetTooSmall(ChainsError):
+    """No width of the chain fits.
+
+    `limit` is the name of the binding limit, `requested` what was asked, `smallest_available` what the narrowest
+    student needs, all in the unit that the limit's name carries.
+    """
+
+    def __init__(self, chain: str, limit: str, requested: int, smallest_available: int) -> None:
+        super().__init__(
+            f"the narrowest student of chain '{chain}' that has the least {limit.removeprefix('max_')} needs "
+            f"{smallest_available:,}; {limit} allows {requested:,}. Raise {limit} or refine a narrower chain."
+        )
+        self.chain = chain
+        self.limit = limit
+        self.requested = requested
+        self.smallest_available = smallest_available
+
+
+class UnsupportedOption(ChainsError):
+    """The ONNX writer cannot emit what was asked for."""
+
+
+class DataError(ChainsError):
+    """Images or labels are unusable; the message names the file, array or index."""

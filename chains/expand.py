@@ -1,0 +1,112 @@
+"""The core: from a chain's tensors and a cut per channel group to a student. Rows are averaged, columns are summed.
+
+    W'[i, k] = mean_{i' ∈ rows(i)}  Σ_{k' ∈ parts(k)}  W[i', k']          weights
+    v'[i]    = mean_{j ∈ parts(i)} v[j]                                    norm weights and biases
+
+With rows stored at teacher resolution this is the nested chain's formula; with one stored row per cluster the mean is
+over a single row and it is OSKT's row repeat and column sum (ICCV 2025, §3.3). Functions are pure and the same for
+numpy arrays and torch tensors with gradients; this module imports neither torch nor anything that does.
+
+Sums run left to right in leaf order, rows first, then columns, then the division: served bytes depend on it, so the
+order is part of the chain format.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any, TypeVar
+
+import numpy as np
+from numpy.typing import NDArray
+
+from chains.arch import Axes
+from chains.chain import Chain
+from chains.cut import Cut, Indices, Runs
+from chains.errors import ChainMismatch
+from chains.width import Width
+
+if TYPE_CHECKING:
+    import torch
+
+Array = TypeVar("Array", NDArray[np.float32], NDArray[np.float64], "torch.Tensor")
+
+
+def expand(tensors: Mapping[str, Array], axes: Mapping[str, Axes], cuts: Mapping[str, Cut]) -> dict[str, Array]:
+    """Every tensor of the student that `cuts` (one per group) describe.
+
+    tensors: name -> conv weight `(out, in, kh, kw)` or norm vector `(out,)`, in leaf order. Returns new tensors of the
+    same kind; where nothing is merged it may return the input itself. Raises `ChainMismatch` when a tensor's channels
+    are not those of its group.
+    """
+    return {name: expand_tensor(name, tensors[name], axes[name], cuts) for name in axes}
+
+
+def expand_tensor(name: str, tensor: Array, axes: Axes, cuts: Mapping[str, Cut]) -> Array:
+    """One tensor of the student, as in `expand`."""
+    cut = cuts[axes.rows]
+    rows = cut.rows if tensor.ndim > 1 else cut.parts
+    _require_channels(name, axes.rows, len(tensor), rows)
+    if axes.columns is None:
+        return merge(tensor, rows)
+    columns = cuts[axes.columns].parts
+    _require_channels(name, axes.columns, tensor.shape[1], columns)
+    return merge(tensor, rows, columns)
+
+
+def merge(tensor: Array, rows: Runs, columns: Runs | None = None) -> Array:
+    """Mean over runs of rows, sum over runs of columns. A slice of `rows` gives that slice of the result, bit for bit.
+
+    >>> merge(
+    ...     np.array([[1.0, 2.0, 3.0], [3.0, 4.0, 5.0]]),
+    ...     Runs.between(np.array([0, 2])),
+    ...     Runs.between(np.array([0, 1, 3])),
+    ... )
+    array([[2., 7.]])
+    """
+    merged = sum_runs(tensor, rows, axis=0)
+    if columns is not None:
+        merged = sum_runs(merged, columns, axis=1)
+    return merged if rows.is_single else merged / _column_of(rows.sizes, merged)
+
+
+def sum_runs(tensor: Array, runs: Runs, axis: int) -> Array:
+    """Sum over each run along `axis` (0 or 1), left to right; a view where nothing is merged.
+
+    Runs are walked longest first: at every step those that still have a channel are the first ones, so that a step is
+    one gather and one addition in place.
+    """
+    lead: Any = (slice(None),) * axis
+    if runs.is_plain:
+        return tensor[(*lead, slice(int(runs.starts[0]), int(runs.stops[-1])))]
+    if runs.is_single:
+        return _take(tensor, runs.starts, axis)
+    total = _take(tensor, runs.heads, axis)
+    for positions in runs.tails:
+        total[(*lead, slice(len(positions)))] += _take(tensor, positions, axis)
+    return _take(total, runs.rank, axis)
+
+
+def _take(tensor: Array, positions: Indices, axis: int) -> Array:
+    """A copy of the channels at `positions` along `axis`. Numpy's `take` is twice as fast as its indexing."""
+    if isinstance(tensor, np.ndarray):
+        return tensor.take(positions, axis=axis)
+    return tensor[(*(slice(None),) * axis, positions)]
+
+
+def _column_of(sizes: NDArray[np.int64], like: Any) -> Any:
+    """`sizes` as a column that divides the rows of `like`, in its kind and precision."""
+    column = sizes.reshape((-1,) + (1,) * (like.ndim - 1))
+    return column.astype(like.dtype) if isinstance(like, np.ndarray) else like.new_tensor(column)
+
+
+def _require_channels(name: str, group: str, found: int, runs: Runs) -> None:
+    needed = int(runs.stops.max())
+    if found != needed:
+        raise ChainMismatch(f"{name} has {found} channels where its group '{group}' has {needed} in this chain")
+
+
+def student(chain: Chain, width: Width) -> dict[str, NDArray[np.float32]]:
+    """The student of `chain` at `width`: expanded tensors and, under `<norm>.running_mean` and `.running_var`, its
+    calibrated statistics. Raises `NotCalibrated` when the width has none."""
+    statistics = chain.require_calibrated(width)
+    return {**expand(chain.tensors, chain.table.axes, chain.cuts(width)), **statistics}
