@@ -1,0 +1,53 @@
+"""Calibration: the normalisation statistics of every width of a ladder, measured once on unlabelled training images.
+
+Expansion makes weights, not running statistics: a merged channel's mean and variance cannot be composed from those of
+its parts. A width without statistics is never served.
+"""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import numpy as np
+import torch
+from torch import nn
+
+from chains.chain import STATISTICS, Chain, Floats
+from chains.data.images import ImageSet
+from chains.errors import DataError
+from chains.expand import expand
+from chains.model import ReIDModel, model_of, module_name, normalise
+from chains.width import Width
+
+BATCH = 256
+
+
+def calibrate(chain: Chain, images: ImageSet) -> Chain:
+    """`chain` with statistics for its whole ladder, averaged over batches of 256 of `images` (no labels are used; a few
+    hundred images suffice). Raises `DataError` with fewer than one batch: variances of the neck would be noise."""
+    if len(images) < BATCH:
+        raise DataError(f"{len(images)} images are too few to calibrate with; give at least {BATCH}")
+    return replace(chain, statistics={width: measure_statistics(chain, width, images) for width in chain.ladder})
+
+
+def measure_statistics(chain: Chain, width: Width, images: ImageSet) -> dict[str, Floats]:
+    """`<norm>.running_mean` and `.running_var` of the student at `width`: float32 (channels,)."""
+    student = expand(chain.tensors, chain.table.axes, chain.cuts(width))
+    model = model_of(chain.architecture, width, student)
+    recalibrate(model, images, chain)
+    state = model.state_dict()
+    names = (f"{norm}.{kind}" for norm in chain.table.norms for kind in STATISTICS)
+    return {name: state[module_name(name)].numpy().astype(np.float32, copy=True) for name in names}
+
+
+@torch.no_grad()
+def recalibrate(model: ReIDModel, images: ImageSet, chain: Chain) -> None:
+    """Replace the running statistics of `model`, in place, by their cumulative mean over batches of `images`."""
+    norms = [module for module in model.modules() if isinstance(module, nn.BatchNorm1d | nn.BatchNorm2d)]
+    for norm in norms:
+        norm.reset_running_stats()
+        norm.momentum = None  # torch's way to say: cumulative average
+    model.train()
+    for start in range(0, len(images) - BATCH + 1, BATCH):
+        model(normalise(images.images[start : start + BATCH], chain.input))
+    model.eval()
