@@ -13,7 +13,7 @@ import os
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 import numpy as np
 from numpy.typing import NDArray
@@ -93,8 +93,8 @@ class _Strict(BaseModel):
 class _Input(_Strict):
     height: int = Field(ge=16, le=4096)
     width: int = Field(ge=16, le=4096)
-    mean: list[float] = Field(min_length=3, max_length=3)
-    std: list[float] = Field(min_length=3, max_length=3)
+    mean: list[Annotated[float, Field(ge=0, le=1)]] = Field(min_length=3, max_length=3)
+    std: list[Annotated[float, Field(gt=1e-3, le=1)]] = Field(min_length=3, max_length=3)
 
 
 class _Accuracy(_Strict):

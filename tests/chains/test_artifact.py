@@ -140,6 +140,8 @@ ABUSES: dict[str, tuple[bytes, str]] = {
     "a rung not written in full": (with_header(lambda h: h.update(ladder=["4"])), "not written in full"),
     "a name with a path": (with_header(lambda h: h.update(name="../../etc/passwd")), "name"),
     "a lopsided cross matrix": (with_header(lambda h: h["frontier"].update(cross_map=[[1.0]])), "3 × 3"),
+    "a deviation of zero": (with_header(lambda h: h["input"].update(std=[0.2, 0.0, 0.2])), "std.1"),
+    "half a character": (with_header(lambda h: h.update(license="\ud800")), "license"),
     "an mAP over 100": (with_header(lambda h: h["frontier"]["widths"][0].update(map=101.0)), "map"),
     "NaN in a weight": (with_value("weight/conv1.weight", float("nan")), "conv1.weight holds NaN"),
     "infinity in a statistic": (
