@@ -1,0 +1,1 @@
+"""The Widthwise service: HTTP in front of the weight-chain library `chains`."""

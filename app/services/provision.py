@@ -1,0 +1,172 @@
+"""From a device's limits to a model: the widest width that fits, its recipe, its bytes.
+
+A model is never stored. Its recipe is, and the bytes are made again from chain and recipe whenever they are asked for;
+they are the same every time, on every machine. What is learnt from the first full stream is their sha256.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import re
+from collections.abc import Iterator
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from typing import Any
+
+import structlog
+from sqlalchemy.exc import SQLAlchemyError
+
+from app.db.repositories import Models
+from app.db.session import Database
+from app.db.tables import ModelRow
+from app.errors import AppError, NotReproducible, UnknownModel
+from app.services.registry import STABLE, Registry
+from chains.artifact import StoredChain
+from chains.budget import Candidate, Limits, widest_that_fits
+from chains.chain import WidthAccuracy
+from chains.cost import Costs
+from chains.onnxfile import EmitOptions, OnnxPlan, plan
+from chains.width import Width
+
+_ID = re.compile(r"[0-9a-f]{64}")
+_log = structlog.get_logger(__name__)
+
+
+@dataclass(frozen=True)
+class ModelRequest:
+    """What a device asks for. `chain`: name or alias, by default the alias `stable`."""
+
+    limits: Limits
+    options: EmitOptions
+    chain: str = STABLE
+
+
+@dataclass(frozen=True, eq=False)
+class Model:
+    """A model that can be served. `artifact_sha256` is `None` until its bytes were streamed in full once."""
+
+    stored: StoredChain
+    width: Width
+    options: EmitOptions
+    plan: OnnxPlan
+    artifact_sha256: str | None
+    is_new: bool = False
+
+    @property
+    def id(self) -> str:
+        return self.plan.model_id
+
+    @property
+    def costs(self) -> Costs:
+        return self.plan.costs
+
+    @property
+    def accuracy(self) -> WidthAccuracy | None:
+        frontier = self.stored.chain.frontier
+        return frontier.of(self.width) if frontier else None
+
+
+class Provision:
+    """Answers limits with models."""
+
+    def __init__(self, database: Database, registry: Registry) -> None:
+        self._database = database
+        self._registry = registry
+
+    def provide(self, request: ModelRequest) -> Model:
+        """The model for these limits, recorded so that it can be fetched by id.
+
+        Raises `UnknownChain`, `BudgetTooSmall`, `UnsupportedOption`, `StorageError` and `DatabaseUnavailable`.
+        """
+        stored = self._registry.load_named(request.chain)
+        chosen = widest_that_fits(request.limits, candidates(stored, request.options), stored.chain.name)
+        made = plan(stored, chosen.width, request.options)
+        is_new, sha256 = self._record(made, stored, chosen.width)
+        return Model(stored, chosen.width, request.options, made, sha256, is_new)
+
+    def recorded(self, model_id: str) -> ModelRow:
+        """The stored recipe of that id. Raises `UnknownModel`."""
+        if _ID.fullmatch(model_id) is None:
+            raise UnknownModel(model_id)
+        with self._database.transaction() as session:
+            found = Models(session).find(model_id)
+        if found is None:
+            raise UnknownModel(model_id)
+        return found
+
+    def rebuild(self, recorded: ModelRow) -> Model:
+        """The model of a stored recipe. Raises `NotReproducible` when this version writes other bytes for it."""
+        stored = self._registry.load(str(recorded.recipe["chain_digest"]))
+        width, options = Width.parse(recorded.width), _options(recorded.recipe)
+        made = plan(stored, width, options)
+        if made.model_id != recorded.id:
+            raise NotReproducible(
+                f"model {recorded.id[:12]}… was written by another version of the emitter; ask POST /models again"
+            )
+        return Model(stored, width, options, made, recorded.artifact_sha256)
+
+    def stream(self, model: Model, start: int = 0, stop: int | None = None) -> Iterator[bytes | memoryview]:
+        """The bytes `[start:stop]` of the model's file, in slices of at most 256 KiB."""
+        whole = start == 0 and stop in (None, model.plan.total_bytes)
+        if whole and model.artifact_sha256 is None:
+            return self._hashed(model)
+        return iter(model.plan.chunks(start, stop))
+
+    def _hashed(self, model: Model) -> Iterator[bytes | memoryview]:
+        """All chunks; the digest is recorded before the last one leaves: who has the whole file finds it recorded."""
+        digest, held = hashlib.sha256(), None
+        for chunk in model.plan.chunks():
+            digest.update(chunk)
+            if held is not None:
+                yield held
+            held = chunk
+        self._learn_digest(model.id, digest.hexdigest())
+        if held is not None:
+            yield held
+
+    def _learn_digest(self, model_id: str, sha256: str) -> None:
+        """A database that fails here must not cost the client its download; the next full stream learns it again."""
+        try:
+            with self._database.transaction() as session:
+                Models(session).set_artifact_digest(model_id, sha256)
+        except (AppError, SQLAlchemyError):
+            _log.warning("digest not recorded", model=model_id, exc_info=True)
+
+    def _record(self, made: OnnxPlan, stored: StoredChain, width: Width) -> tuple[bool, str | None]:
+        """(first time, sha256 of the bytes if known). Reads first: most requests repeat an earlier one."""
+        with self._database.transaction() as session:
+            known = Models(session).find(made.model_id)
+        if known is not None:
+            return False, known.artifact_sha256
+        with self._database.transaction() as session:
+            return Models(session).add_if_absent(_row(made, stored, width)), None
+
+
+def candidates(stored: StoredChain, options: EmitOptions) -> list[Candidate]:
+    """Every width of the chain, narrow to wide, with the exact costs of the file these options give."""
+    frontier = stored.chain.frontier
+    return [
+        Candidate(width, plan(stored, width, options).costs, frontier.of(width) if frontier else None)
+        for width in stored.chain.ladder
+    ]
+
+
+def _options(recipe: dict[str, Any]) -> EmitOptions:
+    return EmitOptions(
+        opset=recipe["opset"],
+        embedding=recipe["embedding"],
+        normalize=recipe["normalize"],
+        preprocess=recipe["preprocess"],
+    )
+
+
+def _row(made: OnnxPlan, stored: StoredChain, width: Width) -> ModelRow:
+    return ModelRow(
+        id=made.model_id,
+        chain=stored.chain.name,
+        width=str(width),
+        recipe=made.recipe,
+        artifact_bytes=made.total_bytes,
+        artifact_sha256=None,
+        created_at=datetime.now(UTC),
+    )

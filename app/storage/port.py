@@ -1,0 +1,97 @@
+"""The object-store port: what the service asks of a store, in five verbs.
+
+The one surprise: `put` is told the sha256 beforehand and nothing becomes visible unless the bytes have it. Stores are
+not trusted to keep bytes intact either: `read_verified` hashes what comes back. Conditional writes of S3 servers differ
+too much to build on, so uniqueness of anything but content-addressed keys belongs in the database.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import re
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from typing import Protocol
+
+from app.errors import InvalidKey, ObjectCorrupt
+
+CHUNK_BYTES = 256 * 1024
+MAX_KEY_CHARACTERS = 512
+_KEY = re.compile(r"[a-z0-9][a-z0-9._-]*(/[a-z0-9][a-z0-9._-]*)*")
+_SHA256 = re.compile(r"[0-9a-f]{64}")
+
+
+@dataclass(frozen=True)
+class ObjectStat:
+    """What a store knows of an object without reading it."""
+
+    key: str
+    size_bytes: int
+
+
+class Sink(Protocol):
+    """Anything bytes can be written to."""
+
+    def write(self, data: bytes, /) -> int: ...
+
+
+class ObjectStore(Protocol):
+    """Bytes under keys. All methods raise `InvalidKey` for a bad key and `StorageUnavailable` when the store fails.
+
+    No key may be the beginning of another up to a `/`: a folder cannot hold both `a` and `a/b`.
+    """
+
+    def prepare(self) -> None:
+        """Make the folder or bucket if it is not there yet."""
+
+    def get(self, key: str, start: int = 0, stop: int | None = None) -> Iterator[bytes]:
+        """Yield the bytes `[start:stop]` as slicing would give them. Raises `ObjectNotFound` at the first chunk."""
+
+    def put(self, key: str, chunks: Iterable[bytes], sha256: str) -> bool:
+        """Store the chunks; True when stored, False when the key was taken, which leaves the stored object as it is.
+
+        Raises `ObjectCorrupt`, and stores nothing, when the chunks do not have the digest `sha256` (64 hex).
+        """
+
+    def stat(self, key: str) -> ObjectStat:
+        """Raises `ObjectNotFound`."""
+
+    def delete(self, key: str) -> None:
+        """Remove the object; nothing happens when there is none."""
+
+    def list(self, prefix: str = "") -> Iterator[str]:
+        """Yield the keys that begin with `prefix`, in ascending order."""
+
+
+def content_key(sha256: str) -> str:
+    """`sha256/ab/abcd…`: the key of the object whose content has this digest. Raises `InvalidKey`."""
+    if _SHA256.fullmatch(sha256) is None:
+        raise InvalidKey(f"'{sha256[:80]}' is no sha256 in 64 lower-case hex digits")
+    return f"sha256/{sha256[:2]}/{sha256}"
+
+
+def checked_key(key: str) -> str:
+    """Return `key`, or raise `InvalidKey`: lower-case segments that begin with a letter or digit, so never `..`."""
+    if len(key) > MAX_KEY_CHARACTERS or _KEY.fullmatch(key) is None:
+        raise InvalidKey(f"'{key[:80]}' is no object key: use segments of a-z, 0-9, '.', '_' and '-', parted by '/'")
+    return key
+
+
+def read_verified(store: ObjectStore, sha256: str) -> bytes:
+    """The whole content-addressed object. Raises `ObjectNotFound`, or `ObjectCorrupt` when it is not what it claims."""
+    content = b"".join(store.get(content_key(sha256)))
+    found = hashlib.sha256(content).hexdigest()
+    if found != sha256:
+        raise ObjectCorrupt(f"object {content_key(sha256)} has digest {found} after {len(content)} bytes")
+    return content
+
+
+def copy_hashed(chunks: Iterable[bytes], target: Sink, sha256: str) -> int:
+    """Write the chunks to `target` and return their number of bytes. Raises `ObjectCorrupt` at the end."""
+    digest, size = hashlib.sha256(), 0
+    for chunk in chunks:
+        digest.update(chunk)
+        size += target.write(chunk)
+    if digest.hexdigest() != sha256:
+        raise ObjectCorrupt(f"{size} bytes were announced as sha256 {sha256} and have {digest.hexdigest()}")
+    return size

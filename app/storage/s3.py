@@ -1,0 +1,128 @@
+"""An S3 bucket, or a prefix in one, as object store; any S3-compatible server, by boto3.
+
+What is put is spooled and hashed before anything is sent, so a wrong digest stores nothing. `put` looks before it
+writes and does not use conditional writes, which some servers get wrong: two racing writers of one key may both write.
+Under a content-addressed key both write the same bytes.
+"""
+
+from __future__ import annotations
+
+import tempfile
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from typing import TYPE_CHECKING
+
+import boto3
+from boto3.exceptions import Boto3Error
+from boto3.s3.transfer import TransferConfig
+from botocore.config import Config
+from botocore.exceptions import BotoCoreError, ClientError
+
+from app.errors import ObjectNotFound, StorageUnavailable
+from app.storage.port import CHUNK_BYTES, ObjectStat, checked_key, copy_hashed
+
+if TYPE_CHECKING:
+    from mypy_boto3_s3 import S3Client
+
+SPOOL_BYTES = 16 * 1024**2  # above this a put is spooled to a temporary file instead of memory
+_MISSING = frozenset({"404", "NoSuchKey", "NotFound"})
+_BEYOND_END = frozenset({"416", "InvalidRange"})
+
+
+class S3Store:
+    """Objects under `prefix` in `bucket`."""
+
+    def __init__(self, bucket: str, prefix: str = "", endpoint_url: str | None = None) -> None:
+        self._bucket = bucket
+        self._prefix = f"{prefix.strip('/')}/" if prefix.strip("/") else ""
+        self._client = _client(endpoint_url)
+
+    def prepare(self) -> None:
+        """Make the bucket when it is missing. Raises `StorageUnavailable`, also when making buckets is not allowed."""
+        try:
+            with _storage_errors():
+                self._client.head_bucket(Bucket=self._bucket)
+        except ObjectNotFound:
+            with _storage_errors():
+                self._client.create_bucket(Bucket=self._bucket)
+
+    def get(self, key: str, start: int = 0, stop: int | None = None) -> Iterator[bytes]:
+        if stop is not None and stop <= start:
+            self.stat(key)
+            return
+        last = "" if stop is None else stop - 1
+        with _storage_errors():
+            try:
+                found = self._client.get_object(Bucket=self._bucket, Key=self._name(key), Range=f"bytes={start}-{last}")
+            except ClientError as error:
+                if _code(error) in _BEYOND_END:
+                    return
+                raise
+            yield from found["Body"].iter_chunks(CHUNK_BYTES)
+
+    def put(self, key: str, chunks: Iterable[bytes], sha256: str) -> bool:
+        name = self._name(key)
+        with tempfile.SpooledTemporaryFile(max_size=SPOOL_BYTES) as file:
+            copy_hashed(chunks, file, sha256)
+            if self._exists(key):
+                return False
+            file.seek(0)
+            with _storage_errors():
+                self._client.upload_fileobj(file, self._bucket, name, Config=TransferConfig(use_threads=False))
+        return True
+
+    def stat(self, key: str) -> ObjectStat:
+        with _storage_errors():
+            found = self._client.head_object(Bucket=self._bucket, Key=self._name(key))
+        return ObjectStat(key, found["ContentLength"])
+
+    def delete(self, key: str) -> None:
+        with _storage_errors():
+            self._client.delete_object(Bucket=self._bucket, Key=self._name(key))
+
+    def list(self, prefix: str = "") -> Iterator[str]:
+        with _storage_errors():
+            pages = self._client.get_paginator("list_objects_v2").paginate(
+                Bucket=self._bucket, Prefix=self._prefix + prefix
+            )
+            for page in pages:
+                for item in page.get("Contents", []):
+                    yield item["Key"].removeprefix(self._prefix)
+
+    def _exists(self, key: str) -> bool:
+        try:
+            self.stat(key)
+        except ObjectNotFound:
+            return False
+        return True
+
+    def _name(self, key: str) -> str:
+        return self._prefix + checked_key(key)
+
+
+def _client(endpoint_url: str | None) -> S3Client:
+    # Servers other than AWS often know neither virtual-host buckets nor boto3's default checksums, which break ranged
+    # reads on some; we check our own sha256 in any case.
+    foreign = Config(
+        s3={"addressing_style": "path"},
+        request_checksum_calculation="when_required",
+        response_checksum_validation="when_required",
+    )
+    patience = Config(connect_timeout=5, read_timeout=30, retries={"mode": "standard", "total_max_attempts": 3})
+    return boto3.client("s3", endpoint_url=endpoint_url, config=patience.merge(foreign) if endpoint_url else patience)
+
+
+def _code(error: ClientError) -> str:
+    return str(error.response.get("Error", {}).get("Code", ""))
+
+
+@contextmanager
+def _storage_errors() -> Iterator[None]:
+    try:
+        yield
+    except ClientError as error:
+        if _code(error) in _MISSING:
+            raise ObjectNotFound(str(error)) from error
+        raise StorageUnavailable(f"the S3 server refused: {error}") from error
+    except (BotoCoreError, Boto3Error, OSError) as error:
+        raise StorageUnavailable(f"the S3 server failed: {error}") from error

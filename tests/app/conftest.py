@@ -1,0 +1,197 @@
+"""One small world for all tests of the service: a pico chain, apps over fresh folders, real servers beside them."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import socket
+import subprocess
+import sys
+import tempfile
+import time
+import urllib.request
+import uuid
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import pytest
+from fastapi import FastAPI
+from fastapi.testclient import TestClient
+
+from app.db.migrate import migrate
+from app.main import create_app
+from app.settings import Settings
+from chains import artifact
+from chains.testing import pico_chain
+
+START_TIMEOUT_S = 60
+
+
+@pytest.fixture(autouse=True)
+def no_settings_from_outside(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in [name for name in os.environ if name.startswith("WIDTHWISE_") and "_TEST_" not in name]:
+        monkeypatch.delenv(name)
+    monkeypatch.delenv("PORT", raising=False)
+
+
+@pytest.fixture(scope="session")
+def chain_file() -> bytes:
+    return artifact.dump(pico_chain())
+
+
+@pytest.fixture
+def make_app(tmp_path: Path, chain_file: bytes) -> Iterator[Callable[..., FastAPI]]:
+    """Apps by settings, migrated, with the pico chain published; by default over a folder of the test."""
+    made = []
+
+    def make(**settings: object) -> FastAPI:
+        made.append(_prepared(Settings(**{"data_dir": tmp_path / "data", **settings}), chain_file))
+        return made[-1]
+
+    yield make
+    for app in made:
+        app.state.services.database.dispose()
+
+
+def _prepared(settings: Settings, chain_file: bytes) -> FastAPI:
+    app = create_app(settings)
+    services = app.state.services
+    migrate(services.database)
+    services.registry.prepare_storage()
+    services.registry.publish(chain_file)
+    return app
+
+
+@pytest.fixture
+def app(make_app: Callable[..., FastAPI]) -> FastAPI:
+    return make_app()
+
+
+@pytest.fixture
+def client(app: FastAPI) -> Iterator[TestClient]:
+    with TestClient(app) as client:
+        yield client
+
+
+@pytest.fixture(scope="session")
+def shared_client(tmp_path_factory: pytest.TempPathFactory, chain_file: bytes) -> Iterator[TestClient]:
+    """A client of one app for all tests that leave nothing behind."""
+    with TestClient(_prepared(Settings(data_dir=tmp_path_factory.mktemp("shared")), chain_file)) as client:
+        yield client
+
+
+@pytest.fixture(scope="session")
+def s3_url() -> Iterator[str]:
+    """A real S3 server over HTTP: the one of WIDTHWISE_TEST_S3_URL, else moto in a process of its own."""
+    given = os.environ.get("WIDTHWISE_TEST_S3_URL")
+    if given:
+        yield given
+        return
+    port = free_port()
+    command = [sys.executable, "-m", "moto.server", "-H", "127.0.0.1", "-p", str(port)]
+    with running(command, lambda: answers(f"http://127.0.0.1:{port}/moto-api/")):
+        yield f"http://127.0.0.1:{port}"
+
+
+@pytest.fixture
+def s3_credentials(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Test credentials, unless the surroundings bring their own."""
+    for name, value in {
+        "AWS_ACCESS_KEY_ID": "test",
+        "AWS_SECRET_ACCESS_KEY": "test-secret",
+        "AWS_DEFAULT_REGION": "us-east-1",
+    }.items():
+        monkeypatch.setenv(name, os.environ.get(name, value))
+
+
+@pytest.fixture(scope="session")
+def postgres_server() -> Iterator[str]:
+    """URL of a PostgreSQL server where databases can be made: WIDTHWISE_TEST_POSTGRES_URL, else a throw-away one."""
+    given = os.environ.get("WIDTHWISE_TEST_POSTGRES_URL")
+    if given:
+        yield given.replace("postgresql://", "postgresql+psycopg://", 1)
+        return
+    with throw_away_postgres() as port:
+        yield f"postgresql+psycopg://widthwise@127.0.0.1:{port}/postgres"
+
+
+@pytest.fixture
+def postgres_url(postgres_server: str) -> Iterator[str]:
+    """A fresh, empty database."""
+    from sqlalchemy import create_engine, make_url, text
+
+    name = f"test_{uuid.uuid4().hex[:12]}"
+    server = create_engine(postgres_server, isolation_level="AUTOCOMMIT")
+    with server.connect() as connection:
+        connection.execute(text(f"CREATE DATABASE {name}"))
+    yield make_url(postgres_server).set(database=name).render_as_string(hide_password=False)
+    with server.connect() as connection:
+        connection.execute(text(f"DROP DATABASE {name} WITH (FORCE)"))
+    server.dispose()
+
+
+@contextmanager
+def throw_away_postgres() -> Iterator[int]:
+    """A server from the installed binaries. It refuses to run as root, so root runs it as `nobody`."""
+    port, home = free_port(), Path(tempfile.mkdtemp(prefix="widthwise-postgres-"))  # pytest's folders are root's alone
+    as_user: list[str] = []
+    if os.geteuid() == 0:
+        shutil.chown(home, "nobody", "nogroup")
+        as_user = ["setpriv", "--reuid=nobody", "--regid=nogroup", "--clear-groups"]
+    data, initdb, postgres = str(home / "data"), postgres_program("initdb"), postgres_program("postgres")
+    make = [*as_user, initdb, "-D", data, "-U", "widthwise", "-A", "trust", "-E", "UTF8", "--no-sync"]
+    serve = [*as_user, postgres, "-D", data, "-p", str(port), "-c", "listen_addresses=127.0.0.1", "-c", "fsync=off"]
+    try:
+        subprocess.run(make, check=True, capture_output=True, cwd=home)
+        with running([*serve, "-c", f"unix_socket_directories={home}"], lambda: accepts(port), cwd=home):
+            yield port
+    finally:
+        shutil.rmtree(home, ignore_errors=True)
+
+
+def postgres_program(name: str) -> str:
+    """Debian keeps the server's programs out of PATH. Missing ones fail the test: it must not be skipped in silence."""
+    found = shutil.which(name) or next(
+        (str(path) for path in sorted(Path("/usr/lib/postgresql").glob(f"*/bin/{name}"), reverse=True)), None
+    )
+    assert found, f"install PostgreSQL (its program {name} is missing) or set WIDTHWISE_TEST_POSTGRES_URL"
+    return found
+
+
+@contextmanager
+def running(
+    command: list[str], is_up: Callable[[], bool], cwd: Path | None = None
+) -> Iterator[subprocess.Popen[bytes]]:
+    """A process of ours, from when it is up until the end of the block."""
+    with subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, cwd=cwd) as process:
+        try:
+            deadline = time.monotonic() + START_TIMEOUT_S
+            while not is_up():
+                assert process.poll() is None, f"{command[0]} ended with {process.returncode}"
+                assert time.monotonic() < deadline, f"{command[0]} did not come up"
+                time.sleep(0.1)
+            yield process
+        finally:
+            process.terminate()
+            process.wait(30)
+
+
+def free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return int(probe.getsockname()[1])
+
+
+def accepts(port: int) -> bool:
+    with socket.socket() as probe:
+        probe.settimeout(1)
+        return probe.connect_ex(("127.0.0.1", port)) == 0
+
+
+def answers(url: str) -> bool:
+    try:
+        with urllib.request.urlopen(url, timeout=2):
+            return True
+    except OSError:
+        return False

@@ -1,0 +1,210 @@
+from __future__ import annotations
+
+import threading
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+from fastapi import FastAPI
+
+from app.db.migrate import migrate
+from app.errors import ChainNameTaken, ObjectCorrupt, ObjectNotFound, ReservedName, UnknownChain
+from app.main import wire
+from app.services import demo_chain
+from app.services.chain_cache import ChainCache
+from app.services.demo_chain import publish_demo_chain_if_empty
+from app.services.registry import Registry
+from app.settings import Settings
+from chains import artifact
+from chains.artifact import StoredChain
+from chains.errors import ChainFileError, NotCalibrated
+from chains.onnxfile import EmitOptions, write
+from chains.testing import pico_chain
+from chains.width import Width
+
+
+@pytest.fixture
+def registry(app: FastAPI) -> Registry:
+    found: Registry = app.state.services.registry
+    return found
+
+
+def test_the_first_chain_becomes_stable_and_the_second_does_not(registry: Registry) -> None:
+    registry.publish(artifact.dump(pico_chain(name="later", seed=1)))
+    assert registry.find("stable").name == "pico"
+    assert registry.find("later").aliases == []
+
+
+def test_stored_costs_are_those_of_the_files(registry: Registry, chain_file: bytes) -> None:
+    stored = artifact.load(chain_file)
+    for row in registry.find("pico").widths:
+        assert row.artifact_bytes == len(write(stored, Width.parse(row.width), EmitOptions()))
+
+
+def test_publishing_the_same_file_again_changes_nothing(registry: Registry, chain_file: bytes) -> None:
+    before = registry.find("pico")
+    assert registry.publish(chain_file).published_at == before.published_at
+    assert len(registry.page("", 10).chains) == 1
+
+
+def test_publishing_at_once_from_many_threads_publishes_once(registry: Registry) -> None:
+    content = artifact.dump(pico_chain(name="rushed"))
+    with ThreadPoolExecutor(6) as pool:
+        digests = {row.digest for row in pool.map(registry.publish, [content] * 6)}
+    assert len(digests) == 1
+    assert [row.name for row in registry.page("", 10).chains] == ["pico", "rushed"]
+
+
+def test_a_name_is_never_given_to_another_file(registry: Registry) -> None:
+    with pytest.raises(ChainNameTaken, match="another name"):
+        registry.publish(artifact.dump(pico_chain(seed=7)))
+    assert registry.find("pico").embedding_space == "pico-0"
+
+
+@pytest.mark.parametrize("name", ["stable", "canary"])
+def test_a_chain_must_not_hide_an_alias(registry: Registry, name: str) -> None:
+    with pytest.raises(ReservedName):
+        registry.publish(artifact.dump(pico_chain(name=name)))
+
+
+def test_a_chain_with_an_uncalibrated_width_is_not_published(registry: Registry) -> None:
+    chain = pico_chain(name="hasty")
+    incomplete = replace(chain, statistics={chain.ladder[0]: chain.statistics[chain.ladder[0]]})
+    with pytest.raises(NotCalibrated):
+        registry.publish(artifact.dump(incomplete))
+    with pytest.raises(UnknownChain):
+        registry.find("hasty")
+
+
+def test_a_broken_file_is_not_published(registry: Registry, chain_file: bytes) -> None:
+    with pytest.raises(ChainFileError):
+        registry.publish(chain_file[:-1])
+
+
+@pytest.mark.parametrize("name", ["nobody", "", "..", "a/b", "a\0b", "A", "x" * 500])
+def test_names_of_nothing_are_unknown(registry: Registry, name: str) -> None:
+    with pytest.raises(UnknownChain):
+        registry.find(name)
+
+
+def test_a_chain_is_read_from_the_store_after_memory_is_lost(registry: Registry, chain_file: bytes) -> None:
+    digest = registry.find("pico").digest
+    registry.load(digest)
+    registry.forget_loaded()
+    assert artifact.dump(registry.load(digest).chain) == chain_file
+
+
+def object_file(folder: Path) -> Path:
+    return next(path for path in (folder / "data" / "objects").rglob("*") if path.is_file())
+
+
+def test_a_chain_that_changed_in_the_store_is_not_loaded(registry: Registry, tmp_path: Path) -> None:
+    object_file(tmp_path).write_bytes(b"something else")
+    with pytest.raises(ObjectCorrupt):
+        registry.load(registry.find("pico").digest)
+
+
+def test_a_lost_object_is_healed_by_publishing_again(registry: Registry, tmp_path: Path, chain_file: bytes) -> None:
+    object_file(tmp_path).unlink()
+    digest = registry.find("pico").digest
+    with pytest.raises(ObjectNotFound):
+        registry.load(digest)
+    registry.publish(chain_file)
+    assert registry.load(digest).digest == digest
+
+
+@pytest.fixture
+def demo_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    file = tmp_path / "demo.safetensors"
+    file.write_bytes(artifact.dump(pico_chain(name="demo")))
+    monkeypatch.setattr(demo_chain, "DEMO_CHAIN", file)
+    return file
+
+
+@pytest.fixture
+def empty(tmp_path: Path) -> Iterator[Registry]:
+    services = wire(Settings(data_dir=tmp_path / "empty"))
+    migrate(services.database)
+    services.registry.prepare_storage()
+    yield services.registry
+    services.database.dispose()
+
+
+def test_an_empty_registry_gets_the_demo_chain_once(empty: Registry, demo_file: Path) -> None:
+    published = publish_demo_chain_if_empty(empty)
+    assert published is not None
+    assert published.name == "demo"
+    assert publish_demo_chain_if_empty(empty) is None
+    assert empty.find("stable").name == "demo"
+
+
+def test_a_package_without_a_demo_chain_starts_empty(empty: Registry, demo_file: Path) -> None:
+    demo_file.unlink()
+    assert publish_demo_chain_if_empty(empty) is None
+    assert empty.is_empty()
+
+
+def test_a_registry_with_chains_gets_no_demo_chain(registry: Registry, demo_file: Path) -> None:
+    assert publish_demo_chain_if_empty(registry) is None
+    assert [row.name for row in registry.page("", 10).chains] == ["pico"]
+
+
+class Loader:
+    """Counts loads, and holds them up until told otherwise."""
+
+    def __init__(self, chain_file: bytes) -> None:
+        self.stored = artifact.load(chain_file)
+        self.loads: list[str] = []
+        self.may_go_on = threading.Event()
+
+    def __call__(self, digest: str) -> StoredChain:
+        self.loads.append(digest)
+        self.may_go_on.wait(10)
+        return self.stored
+
+
+@pytest.fixture
+def loader(chain_file: bytes) -> Loader:
+    return Loader(chain_file)
+
+
+def test_many_who_want_a_chain_at_once_wait_for_one_load(loader: Loader) -> None:
+    cache = ChainCache(loader, max_bytes=10**9)
+    with ThreadPoolExecutor(8) as pool:
+        waiting = [pool.submit(cache.get, "a") for _ in range(8)]
+        loader.may_go_on.set()
+        assert {id(future.result()) for future in waiting} == {id(loader.stored)}
+    assert loader.loads == ["a"]
+
+
+def test_the_least_recently_used_chain_leaves_first(loader: Loader) -> None:
+    loader.may_go_on.set()
+    cache = ChainCache(loader, max_bytes=2 * loader.stored.size_bytes)
+    for digest in ("a", "b", "a", "c", "a", "b"):
+        cache.get(digest)
+    assert loader.loads == ["a", "b", "c", "b"]
+
+
+def test_a_chain_larger_than_the_cache_is_still_served(loader: Loader) -> None:
+    loader.may_go_on.set()
+    cache = ChainCache(loader, max_bytes=0)
+    assert cache.get("a") is loader.stored
+    assert cache.get("a") is loader.stored
+    assert loader.loads == ["a"]
+
+
+def test_a_failed_load_is_tried_again_by_the_next_who_asks(loader: Loader) -> None:
+    attempts = []
+
+    def load(digest: str) -> StoredChain:
+        attempts.append(digest)
+        if len(attempts) == 1:
+            raise ObjectNotFound("not yet")
+        return loader.stored
+
+    cache = ChainCache(load, max_bytes=0)
+    with pytest.raises(ObjectNotFound):
+        cache.get("a")
+    assert cache.get("a") is loader.stored

@@ -1,0 +1,56 @@
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+from pydantic import ValidationError
+
+from app.settings import Settings, is_loopback
+
+
+def test_defaults_are_embedded_and_on_loopback() -> None:
+    settings = Settings(data_dir=Path("/srv/widthwise"))
+    assert settings.database == "sqlite:////srv/widthwise/widthwise.db"
+    assert settings.storage == "file:///srv/widthwise/objects"
+    assert (settings.host, settings.port) == ("127.0.0.1", 8000)
+
+
+@pytest.mark.parametrize("host", ["0.0.0.0", "::", "192.168.1.4", "10.0.0.1", "example.org", ""])
+def test_binding_to_the_network_is_refused(host: str) -> None:
+    with pytest.raises(ValidationError, match="no API keys"):
+        Settings(host=host)
+
+
+def test_binding_to_the_network_can_be_asked_for_by_its_long_name(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("WIDTHWISE_ALLOW_OPEN_BIND", "true")
+    assert Settings(host="0.0.0.0").host == "0.0.0.0"
+
+
+@pytest.mark.parametrize("host", ["127.0.0.1", "127.1.2.3", "::1", "[::1]", "localhost"])
+def test_loopback_is_recognised(host: str) -> None:
+    assert is_loopback(host)
+
+
+@pytest.mark.parametrize("name", ["PORT", "WIDTHWISE_PORT"])
+def test_the_port_is_read_from_either_name(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv(name, "8123")
+    assert Settings().port == 8123
+
+
+def test_our_own_name_of_the_port_wins_and_an_argument_beats_both(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("PORT", "8123")
+    monkeypatch.setenv("WIDTHWISE_PORT", "8124")
+    assert Settings().port == 8124
+    assert Settings(port=8125).port == 8125
+
+
+@pytest.mark.parametrize("scheme", ["postgres", "postgresql", "postgresql+psycopg"])
+def test_postgres_urls_use_psycopg(scheme: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("WIDTHWISE_DATABASE_URL", f"{scheme}://me:secret@db/widthwise")
+    assert Settings().database == "postgresql+psycopg://me:secret@db/widthwise"
+
+
+def test_a_password_is_not_in_the_settings_representation(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("WIDTHWISE_DATABASE_URL", "postgresql://me:hunter2@db/widthwise")
+    assert "hunter2" not in repr(Settings())
+    assert "hunter2" not in str(Settings().model_dump())
