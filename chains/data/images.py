@@ -42,6 +42,11 @@ class ImageSet:
         return len(self.images)
 
     def take(self, indices: npt.ArrayLike) -> ImageSet:
-        """The images at these positions, in this order (a copy). Raises IndexError for a position outside the set."""
+        """The images at these positions, in this order (a copy); -1 is the last. Raises `DataError` for a position
+        outside the set.
+        """
         chosen = np.asarray(indices, dtype=np.int64).reshape(-1)
+        outside = (chosen < -len(self)) | (chosen >= len(self))
+        if outside.any():
+            raise DataError(f"position {chosen[outside][0]} is outside a set of {len(self)} images")
         return ImageSet(self.images[chosen], self.pids[chosen], self.camids[chosen])

@@ -10,7 +10,6 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from chains.data import synthetic
 from chains.data.images import ImageSet
 from chains.data.synthetic import (
     STATION,
@@ -22,6 +21,11 @@ from chains.data.synthetic import (
     train_images,
     write_market1501,
 )
+from chains.data.synthetic.canvas import profile
+from chains.data.synthetic.choices import Person, Shot
+from chains.data.synthetic.framing import Crop, paint_occluders
+from chains.data.synthetic.materials import BACKGROUND, FRONT, FRONT_2
+from chains.data.synthetic.painting import paint
 from chains.errors import DataError
 
 SMALL = replace(
@@ -77,7 +81,7 @@ def test_pixels_are_the_same_on_every_machine(settings, digest):
 
 def test_outlines_are_straight_lines_between_their_knots():
     values = (np.array([0, 10]), np.array([8, 10]))
-    lines = synthetic._profile(slice(0, 5), (0, 4), values)
+    lines = profile(slice(0, 5), (0, 4), values)
     assert lines[..., 0].tolist() == [[0, 2, 4, 6, 8], [10, 10, 10, 10, 10]]
 
 
@@ -106,7 +110,7 @@ def test_test_people_and_their_families_are_unknown_to_training():
     train, test = train_images(SMALL).pids, query_images(SMALL).pids
     assert not np.intersect1d(train, test).size
     assert np.array_equal(np.unique(test), np.unique(gallery_images(SMALL).pids))
-    keys = [synthetic._Person.of(SMALL, pids).family for pids in (np.arange(1, 5001), np.arange(5001, 10000))]
+    keys = [Person.of(SMALL, pids).family for pids in (np.arange(1, 5001), np.arange(5001, 10000))]
     assert not np.intersect1d(*keys).size
 
 
@@ -141,13 +145,13 @@ def test_streaming_in_pieces_gives_the_whole_set():
 def person_pixels(settings, count=48):
     """Which doubled pixels show the person, before and after occluders. Two masks (n, 256, 128)"""
     pids, camids, shots = np.arange(1, count + 1), np.arange(count) % 6 + 1, np.zeros(count, np.int64)
-    person = synthetic._Person.of(settings, pids)
-    shot = synthetic._Shot.of(settings, pids, camids, shots)
-    canvas, crop = synthetic._Figure(person, shot).paint(), synthetic._crop(shot)
-    material, shade = synthetic._look(canvas.material, crop), synthetic._look(canvas.shade, crop)
-    before = material != synthetic.BACKGROUND
-    synthetic._occlude(material, shade, shot)
-    hidden = (material == synthetic.FRONT) | (material == synthetic.FRONT_2)
+    person = Person.of(settings, pids)
+    shot = Shot.of(settings, pids, camids, shots)
+    canvas, crop = paint(person, shot), Crop.of(shot)
+    material, shade = crop.look(canvas.material), crop.look(canvas.shade)
+    before = material != BACKGROUND
+    paint_occluders(material, shade, shot)
+    hidden = (material == FRONT) | (material == FRONT_2)
     return before, before & ~hidden
 
 
@@ -164,6 +168,14 @@ def test_people_fill_a_fair_part_of_the_crop():
     assert before.mean(axis=(1, 2)).min() > 0.15
 
 
+def test_no_figure_touches_the_edge_of_its_canvas_because_a_crop_repeats_that_edge():
+    settings = replace(SMALL, detail_percent=100)
+    pids, ones = np.arange(1, 201), np.ones(200, np.int64)
+    material = paint(Person.of(settings, pids), Shot.of(settings, pids, ones, ones)).material
+    edges = material[:, [0, -1]], material[:, :, [0, -1]]
+    assert all((edge == BACKGROUND).all() for edge in edges)
+
+
 def test_background_does_not_tell_who_is_in_front_of_it():
     """Where neither picture shows a person, two people at the same camera differ as much as one person does."""
     settings = replace(SMALL, occlusion_percent=0)
@@ -174,7 +186,7 @@ def test_background_does_not_tell_who_is_in_front_of_it():
 
 def test_look_alikes_differ_less_than_strangers():
     settings = replace(SMALL, family_size=4)
-    people = synthetic._Person.of(settings, np.arange(1, 401))
+    people = Person.of(settings, np.arange(1, 401))
     picks = np.stack([people.pick(50, f"attribute {k}").ravel() for k in range(40)], axis=1)
     family = (picks[0::4] == picks[1::4]).mean()
     strangers = (picks[0:-4] == picks[4:]).mean()
@@ -183,7 +195,7 @@ def test_look_alikes_differ_less_than_strangers():
 
 
 def test_a_family_that_redraws_nothing_wears_the_same():
-    people = synthetic._Person.of(replace(SMALL, family_change_percent=0), np.arange(1, 9))
+    people = Person.of(replace(SMALL, family_change_percent=0), np.arange(1, 9))
     assert len(np.unique(people.pick(1000, "hat").reshape(2, 4), axis=1)[0]) == 1
 
 
@@ -258,8 +270,8 @@ def test_taking_indices_keeps_images_and_labels_together():
     assert len(taken) == 3
     assert np.array_equal(taken.images[0], taken.images[2])
     assert taken.pids[0] == taken.pids[2] != taken.pids[1]
-    with pytest.raises(IndexError):
-        tiny_set().take([3])
+    with pytest.raises(DataError, match="position 3 is outside a set of 3 images"):
+        tiny_set().take([0, 3])
 
 
 def test_importing_the_renderer_needs_numpy_only():
