@@ -165,7 +165,7 @@ class Architecture:
 
 @dataclass(frozen=True)
 class _Block:
-    """What differs between residual blocks: output expansion, and the convs as (name, kernel, strided, last)."""
+    """What differs between residual blocks: how much wider the output is, and the kernel of each convolution."""
 
     expansion: int
     kernels: tuple[int, ...]

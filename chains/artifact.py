@@ -9,15 +9,16 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 import os
-from collections.abc import Mapping
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, Self
 
 import numpy as np
 from numpy.typing import NDArray
-from pydantic import BaseModel, ConfigDict, Field, JsonValue, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, JsonValue, ValidationError, model_validator
 from safetensors import SafetensorError
 from safetensors.numpy import load as load_tensors
 from safetensors.numpy import save as save_tensors
@@ -31,7 +32,6 @@ from chains.width import Width
 FORMAT_VERSION = 1
 METADATA_KEY = "widthwise"
 MAX_HEADER_BYTES = 16 * 1024 * 1024
-PICKLE_STARTS = (b"PK\x03\x04", b"\x80")  # a torch zip, a bare pickle
 
 
 @dataclass(frozen=True, eq=False)
@@ -49,8 +49,9 @@ def canonical_json(value: Any) -> str:
 
 
 def dump(chain: Chain) -> bytes:
-    """The bytes of `chain`'s file: a function of the chain alone."""
-    return save_tensors(_file_tensors(chain), metadata={METADATA_KEY: canonical_json(_header(chain))})
+    """The bytes of `chain`'s file: a function of the chain alone. Raises `ChainFileError` where `load` would refuse the
+    file, such as for a name with a space."""
+    return save_tensors(_file_tensors(chain), metadata={METADATA_KEY: _header_text(chain)})
 
 
 def save(chain: Chain, path: Path) -> StoredChain:
@@ -70,7 +71,7 @@ def load(source: bytes | Path) -> StoredChain:
 
     Raises `ChainFileError` for anything that is not a whole, sane chain file of this version: pickles, truncated files,
     unknown versions and fields, NaN or infinity, tensors that are missing, left over or of another shape than the
-    architecture says.
+    architecture says. The arrays of the chain are read-only: students of full width share them.
     """
     data = source if isinstance(source, bytes) else source.read_bytes()
     try:
@@ -90,6 +91,9 @@ class _Strict(BaseModel):
     model_config = ConfigDict(extra="forbid", strict=True, frozen=True)
 
 
+Percent = Annotated[float, Field(ge=0, le=100)]
+
+
 class _Input(_Strict):
     height: int = Field(ge=16, le=4096)
     width: int = Field(ge=16, le=4096)
@@ -99,11 +103,11 @@ class _Input(_Strict):
 
 class _Accuracy(_Strict):
     width: str
-    map: float = Field(ge=0, le=100)
-    map_ci95: list[float] = Field(min_length=2, max_length=2)
-    rank1: float = Field(ge=0, le=100)
-    rank5: float = Field(ge=0, le=100)
-    rank10: float = Field(ge=0, le=100)
+    map: Percent
+    map_ci95: list[Percent] = Field(min_length=2, max_length=2)
+    rank1: Percent
+    rank5: Percent
+    rank10: Percent
 
 
 class _Frontier(_Strict):
@@ -114,7 +118,14 @@ class _Frontier(_Strict):
     gallery: int = Field(ge=1)
     trained_after_expansion: bool
     widths: list[_Accuracy]
-    cross_map: list[list[float]]
+    cross_map: list[list[Percent]]
+
+    @model_validator(mode="after")
+    def _require_square(self) -> Self:
+        count = len(self.widths)
+        if len(self.cross_map) != count or any(len(row) != count for row in self.cross_map):
+            raise ValueError(f"the cross-width matrix must be {count} × {count}, a row per measured width")
+        return self
 
 
 class _Header(_Strict):
@@ -131,6 +142,20 @@ class _Header(_Strict):
     provenance: dict[str, JsonValue]
 
 
+def _header_text(chain: Chain) -> str:
+    """The header of `chain`'s file, read back as `load` will: what cannot be loaded again must not be stored."""
+    if stray := chain.statistics.keys() - set(chain.ladder):
+        raise ChainFileError(
+            f"chain '{chain.name[:64]}' has statistics of {min(stray)}, which is not on its ladder and would be lost"
+        )
+    try:
+        text = canonical_json(_header(chain))
+        _read_header(text)
+    except (ChainFileError, TypeError, ValueError) as refusal:  # also pydantic's, which is a ValueError
+        raise ChainFileError(f"chain '{chain.name[:64]}' cannot be stored: {_short(refusal)}") from refusal
+    return text
+
+
 def _header(chain: Chain) -> dict[str, Any]:
     return {
         "format_version": FORMAT_VERSION,
@@ -142,8 +167,8 @@ def _header(chain: Chain) -> dict[str, Any]:
         "input": {
             "height": chain.input.height,
             "width": chain.input.width,
-            "mean": list(chain.input.mean),
-            "std": list(chain.input.std),
+            "mean": _floats(chain.input.mean),
+            "std": _floats(chain.input.std),
         },
         "embedding_space": chain.embedding_space,
         "license": chain.license,
@@ -159,14 +184,19 @@ def _frontier_json(frontier: Frontier) -> dict[str, Any]:
         "widths": [
             {
                 "width": str(measured.width),
-                "map": measured.map,
-                "map_ci95": list(measured.map_ci95),
-                **{f"rank{rank}": getattr(measured, f"rank{rank}") for rank in (1, 5, 10)},
+                "map": float(measured.map),
+                "map_ci95": _floats(measured.map_ci95),
+                **{f"rank{rank}": float(getattr(measured, f"rank{rank}")) for rank in (1, 5, 10)},
             }
             for measured in frontier.widths
         ],
-        "cross_map": [list(row) for row in frontier.cross_map],
+        "cross_map": [_floats(row) for row in frontier.cross_map],
     }
+
+
+def _floats(values: Iterable[float]) -> list[float]:
+    """As they will be read: `0` and `0.0` are one value to Python and two in a file that is named by its digest."""
+    return [float(value) for value in values]
 
 
 # --- the tensors: weight/<tensor>, group/<group>/order|splits|sizes, statistics/<width>/<norm>.running_mean|var
@@ -188,16 +218,43 @@ def _family_of(partition: Partition) -> tuple[str, NDArray[np.int64]]:
 
 
 def _parse(data: bytes) -> tuple[_Header, dict[str, NDArray[Any]]]:
-    if data.startswith(PICKLE_STARTS):
+    if _is_pickle(data):
         raise ChainFileError(
             "this is a pickle or a torch checkpoint, which can run code when read; a chain is a safetensors file"
         )
     metadata = _metadata(data)
-    if metadata.keys() != {METADATA_KEY}:
-        raise ChainFileError(f"a chain file has one metadata key, '{METADATA_KEY}'; found {sorted(metadata)[:4]}")
-    ours = _json_object(metadata[METADATA_KEY])
+    text = metadata.get(METADATA_KEY)
+    if metadata.keys() != {METADATA_KEY} or not isinstance(text, str):
+        found = [key[:40] for key in sorted(metadata)[:4]]
+        raise ChainFileError(f"a chain file has one metadata key, '{METADATA_KEY}', that holds a text; found {found}")
+    return _read_header(text), _read_tensors(data)
+
+
+def _is_pickle(data: bytes) -> bool:
+    """A torch zip or a bare pickle. A safetensors file may start with 0x80 too, the low byte of its header's length,
+    but then its header's brace stands behind those eight bytes."""
+    return data.startswith(b"PK\x03\x04") or (data.startswith(b"\x80") and data[8:9] != b"{")
+
+
+def _read_header(text: str) -> _Header:
+    ours = _json_object(text)
     _require_version(ours.get("format_version"))
-    return _Header.model_validate(ours), load_tensors(data)
+    header = _Header.model_validate(ours)
+    try:
+        canonical_json(header.provenance).encode()
+    except UnicodeEncodeError as error:
+        raise ChainFileError("the provenance holds half a character, which no file can") from error
+    return header
+
+
+def _read_tensors(data: bytes) -> dict[str, NDArray[Any]]:
+    try:
+        tensors = load_tensors(data)
+    except KeyError as dtype:
+        raise ChainFileError(f"the file holds tensors of type {dtype}; a chain has float32 and int32 only") from dtype
+    for tensor in tensors.values():
+        tensor.flags.writeable = False
+    return tensors
 
 
 def _require_version(version: object) -> None:
@@ -208,7 +265,7 @@ def _require_version(version: object) -> None:
         )
 
 
-def _metadata(data: bytes) -> dict[str, str]:
+def _metadata(data: bytes) -> dict[str, Any]:
     """The metadata of a safetensors file; `load_tensors` checks all the rest of its header but does not return this."""
     length = int.from_bytes(data[:8], "little") if len(data) >= 8 else 0
     if not 2 <= length <= min(MAX_HEADER_BYTES, len(data) - 8):
@@ -220,7 +277,7 @@ def _metadata(data: bytes) -> dict[str, str]:
 
 def _json_object(text: bytes | str) -> dict[str, Any]:
     try:
-        value = json.loads(text, parse_constant=_refuse_constant)
+        value = json.loads(text, parse_constant=_refuse_constant, parse_float=_finite)
     except (ValueError, RecursionError) as error:
         raise ChainFileError(f"the header is no JSON: {_short(error)}") from error
     if not isinstance(value, dict):
@@ -232,15 +289,23 @@ def _refuse_constant(name: str) -> None:
     raise ChainFileError(f"the header holds {name}, which is no JSON number")
 
 
+def _finite(number: str) -> float:
+    """JSON allows `1e999`, and Python reads it as infinity."""
+    value = float(number)
+    if not math.isfinite(value):
+        raise ChainFileError(f"the header holds {number[:40]}, which is no finite number")
+    return value
+
+
 def _build(header: _Header, tensors: dict[str, NDArray[Any]]) -> Chain:
     table = architecture(header.architecture)
     ladder = tuple(_canonical_width(text) for text in header.ladder)
     left = dict(tensors)
     weights = {name: _take(left, f"weight/{name}", np.float32) for name in table.axes}
     partitions = {group: _partition(left, group, header.mode) for group in table.groups}
-    statistics = {
-        width: _statistics(left, width, tuple(table.norms)) for width in ladder if _is_calibrated(left, width)
-    }
+    calibrated = {name.split("/")[1] for name in left if name.startswith("statistics/")}
+    norms = tuple(table.norms)
+    statistics = {width: _statistics(left, width, norms) for width in ladder if str(width) in calibrated}
     if left:
         raise ChainFileError(
             f"the file holds {len(left)} tensors that no part of a chain claims, such as '{min(left)[:80]}'"
@@ -278,10 +343,6 @@ def _partition(left: dict[str, NDArray[Any]], group: str, mode: str) -> Partitio
     return NestedTree(order, values) if mode == "nested" else SharedClusters(order, values)
 
 
-def _is_calibrated(left: Mapping[str, NDArray[Any]], width: Width) -> bool:
-    return any(name.startswith(f"statistics/{width}/") for name in left)
-
-
 def _statistics(left: dict[str, NDArray[Any]], width: Width, norms: tuple[str, ...]) -> dict[str, NDArray[np.float32]]:
     names = [f"{norm}.{kind}" for norm in norms for kind in STATISTICS]
     return {name: _take(left, f"statistics/{width}/{name}", np.float32) for name in names}
@@ -292,10 +353,6 @@ def _frontier(header: _Frontier) -> Frontier:
         WidthAccuracy(_canonical_width(w.width), w.map, (w.map_ci95[0], w.map_ci95[1]), w.rank1, w.rank5, w.rank10)
         for w in header.widths
     )
-    if len(header.cross_map) != len(measured) or any(len(row) != len(measured) for row in header.cross_map):
-        raise ChainFileError(
-            f"the cross-width matrix must be {len(measured)} × {len(measured)}, a row per measured width"
-        )
     return Frontier(
         dataset=header.dataset,
         protocol=header.protocol,

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, fields
+from operator import itemgetter
 
 from chains.chain import WidthAccuracy
 from chains.cost import Costs
@@ -66,20 +67,26 @@ def widest_that_fits(limits: Limits, candidates: Sequence[Candidate], chain: str
     """The candidate to serve: of those that fit, the widest whose accuracy is not measurably below the best one's.
 
     A width counts as measurably worse when its mAP lies below the confidence interval of the best that fits; where the
-    widest is also the best, or nothing was measured, this is plainly the widest. A larger limit never gives a narrower
-    model. Raises `BudgetTooSmall`, naming the limit that binds at the narrowest width.
+    widest is also the best, or nothing was measured, this is plainly the widest. On a ladder whose costs all rise with
+    its rungs, a larger limit never gives a narrower model. Raises `BudgetTooSmall`, naming the limit that binds at the
+    width that comes closest, which on such a ladder is the narrowest.
     """
     fitting = [candidate for candidate in candidates if not exceeded(limits, candidate.costs)]
     if not fitting:
         raise _too_small(limits, candidates, chain)
     measured = [candidate.accuracy for candidate in fitting if candidate.accuracy is not None]
-    floor = max(measured, key=lambda accuracy: accuracy.map).map_ci95[0] if measured else 0.0
+    best = max(measured, key=lambda accuracy: accuracy.map, default=None)
+    floor = min(best.map, best.map_ci95[0]) if best else 0.0
     as_good = [candidate for candidate in fitting if candidate.accuracy is None or candidate.accuracy.map >= floor]
     return max(as_good, key=lambda candidate: (candidate.costs.macs, candidate.width))
 
 
 def _too_small(limits: Limits, candidates: Sequence[Candidate], chain: str) -> BudgetTooSmall:
-    """The limit that is broken by the largest factor, held against the least that any width needs of it."""
-    least = {name: min(getattr(c.costs, COST_OF_LIMIT[name]) for c in candidates) for name, _ in limits.stated()}
-    binding, allowed = max(limits.stated(), key=lambda limit: least[limit[0]] / limit[1])
-    return BudgetTooSmall(chain, binding, allowed, least[binding])
+    """At the width that breaks its worst limit by the smallest factor, that limit."""
+
+    def worst(costs: Costs) -> tuple[float, str, int, int]:
+        needs = ((name, allowed, getattr(costs, COST_OF_LIMIT[name])) for name, allowed in limits.stated())
+        return max(((needed / allowed, name, allowed, needed) for name, allowed, needed in needs), key=itemgetter(0))
+
+    _, binding, allowed, needed = min((worst(candidate.costs) for candidate in candidates), key=itemgetter(0))
+    return BudgetTooSmall(chain, binding, allowed, needed)

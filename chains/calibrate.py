@@ -23,8 +23,9 @@ BATCH = 256
 
 
 def calibrate(chain: Chain, images: ImageSet) -> Chain:
-    """`chain` with statistics for its whole ladder, averaged over batches of 256 of `images` (no labels are used; a few
-    hundred images suffice). Raises `DataError` with fewer than one batch: variances of the neck would be noise."""
+    """`chain` with statistics for its whole ladder, averaged over whole batches of 256 of `images`; the rest is left
+    out. No labels are used, and a few hundred images suffice. Raises `DataError` with fewer than one
+    batch: variances of the neck would be noise."""
     if len(images) < BATCH:
         raise DataError(f"{len(images)} images are too few to calibrate with; give at least {BATCH}")
     return replace(chain, statistics={width: measure_statistics(chain, width, images) for width in chain.ladder})

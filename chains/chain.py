@@ -10,12 +10,13 @@ import numpy as np
 from numpy.typing import NDArray
 
 from chains.arch import Architecture, architecture
-from chains.cut import Cut, Indices, Partition
-from chains.errors import ChainMismatch, NotCalibrated
+from chains.cut import Cut, Indices, NestedTree, Partition, SharedClusters
+from chains.errors import ChainMismatch, CutError, NotCalibrated
 from chains.width import Width
 
 Mode = Literal["nested", "oskt"]
 Floats = NDArray[np.float32]
+FAMILIES: Mapping[Mode, type[Partition]] = {"nested": NestedTree, "oskt": SharedClusters}
 
 
 @dataclass(frozen=True)
@@ -67,7 +68,8 @@ class Chain:
     ladder: the widths on offer, narrow to wide. statistics: width -> `<norm>.running_mean` / `.running_var` -> float32.
     embedding_space: id of the space that embeddings of every width share; it changes with every training.
     provenance: how the chain came to be, as JSON values; no clock, host or duration, so that the same run gives the
-    same file. Raises `ChainMismatch` when tensors, partitions or statistics do not fit the architecture.
+    same file. Raises `ChainMismatch` when tensors, partitions or statistics do not fit the architecture or the mode,
+    `WidthError` or `CutError` for a rung that the chain cannot give.
     """
 
     name: str
@@ -133,7 +135,13 @@ def _check_partitions(chain: Chain) -> None:
     sizes = chain.table.group_sizes(chain.teacher)
     if chain.partitions.keys() != sizes.keys():
         raise ChainMismatch(f"groups {sorted(chain.partitions.keys() ^ sizes.keys())} are not in both table and chain")
+    family = FAMILIES[chain.mode]
     for group, size in sizes.items():
+        if not isinstance(chain.partitions[group], family):
+            raise ChainMismatch(
+                f"group '{group}' has {type(chain.partitions[group]).__name__}, "
+                f"but mode '{chain.mode}' needs {family.__name__}"
+            )
         if len(chain.partitions[group].order) != size:
             raise ChainMismatch(
                 f"group '{group}' has {size} channels at {chain.teacher}; its order in this chain has "
@@ -158,7 +166,18 @@ def _check_ladder(chain: Chain) -> None:
             f"the ladder of chain '{chain.name}' must list at least one width, narrow to wide, each once"
         )
     for width in chain.ladder:
-        chain.cuts(width)
+        _require_cuttable(chain, width)
+
+
+def _require_cuttable(chain: Chain, width: Width) -> None:
+    """Raise as `chain.cuts(width)` would, but make no cuts: a file may list many rungs of a very wide teacher."""
+    chain.table.require_within(width, chain.teacher)
+    for group, size in chain.table.group_sizes(width).items():
+        narrowest = chain.partitions[group].narrowest
+        if size < narrowest:
+            raise CutError(
+                f"chain '{chain.name}' cannot give width {width}: group '{group}' has no cut below {narrowest} channels"
+            )
 
 
 def _check_statistics(chain: Chain, width: Width, statistics: Mapping[str, Floats]) -> None:

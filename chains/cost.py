@@ -74,7 +74,8 @@ def count_params(architecture: Architecture, width: Width) -> int:
 
 
 def peak_activation_bytes(architecture: Architecture, width: Width, input: InputSpec) -> int:
-    """Largest sum of float32 values alive at once, each living from its node to its last reader, no reuse in place."""
+    """Largest sum of float32 values alive at once, each living from its node to its last reader. A ReLU and the steps
+    of the neck work in place, as runtimes let them; nothing else does."""
     shapes = value_shapes(architecture, width, input)
     last_use = {value: index for index, node in enumerate(architecture.nodes) for value in inputs_of(node)}
     alive = {IMAGES: shapes[IMAGES].float_bytes}

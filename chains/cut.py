@@ -174,8 +174,10 @@ class SharedClusters:
 
     def __post_init__(self) -> None:
         _require_permutation("order", self.order, first=0)
-        if len(self.sizes) == 0 or self.sizes.min() < 1 or self.sizes.sum() != len(self.order):
-            raise CutError(f"cluster sizes must be positive and add up to the {len(self.order)} channels")
+        if self.sizes.ndim != 1 or len(self.sizes) == 0 or self.sizes.min() < 1 or self.sizes.sum() != len(self.order):
+            raise CutError(
+                f"cluster sizes must be a list of positive numbers that add up to the {len(self.order)} channels"
+            )
 
     @property
     def stored_rows(self) -> int:
@@ -202,16 +204,19 @@ def share_out(sizes: Sequence[int] | Indices, rows: int) -> Indices:
     sizes: (n,), teacher rows per cluster. Returns int64 (n,) that sums to `rows`; no cluster gets more than its size.
     Raises `CutError` unless n ≤ rows ≤ sum(sizes). Rule: `select_elements` of the OSKT authors' code.
 
+    A cluster's ratio only grows, so giving one row after another is walking all ratios 1 / size … (size - 1) / size of
+    all clusters in ascending order.
+
     >>> share_out([4, 2, 2], 4).tolist()
     [2, 1, 1]
     """
     teacher_rows = np.asarray(sizes, dtype=np.int64)
     if not len(teacher_rows) <= rows <= teacher_rows.sum():
         raise CutError(f"{len(teacher_rows)} clusters of {teacher_rows.sum()} rows cannot give {rows} student rows")
-    shares = np.ones_like(teacher_rows)
-    for _ in range(rows - len(teacher_rows)):
-        shares[np.argmin(shares / teacher_rows)] += 1
-    return shares
+    clusters = np.repeat(np.arange(len(teacher_rows)), teacher_rows - 1)
+    shares = np.concatenate([np.arange(1, size) for size in teacher_rows])
+    given = np.argsort(shares / teacher_rows[clusters], kind="stable")[: rows - len(teacher_rows)]
+    return 1 + np.bincount(clusters[given], minlength=len(teacher_rows))
 
 
 def _split_evenly(total: int, parts: int) -> Indices:
@@ -221,6 +226,6 @@ def _split_evenly(total: int, parts: int) -> Indices:
 
 
 def _require_permutation(name: str, values: Indices, first: int) -> None:
-    expected = np.arange(first, first + len(values))
-    if values.ndim != 1 or not np.array_equal(np.sort(values), expected):
-        raise CutError(f"{name} must hold each of {first}..{first + len(values) - 1} once")
+    last = first + values.size - 1
+    if values.ndim != 1 or not np.array_equal(np.sort(values), np.arange(first, last + 1)):
+        raise CutError(f"{name} must hold each of {first}..{last} once")

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from chains.arch import RESNETS, architecture
 from chains.backbones.resnet import BLOCKS, ResNet
 from chains.chain import Chain, InputSpec
+from chains.errors import ChainMismatch
 from chains.expand import student
 from chains.width import Width
 
@@ -57,13 +58,18 @@ def numpy_tensors(model: ReIDModel) -> dict[str, NDArray[np.float32]]:
 
 
 def model_of(architecture_name: str, width: Width, tensors: Mapping[str, NDArray[np.float32]]) -> ReIDModel:
-    """A model that holds `tensors` (axis table names; statistics too where given), in eval mode."""
+    """A model that holds `tensors` (axis table names; statistics too where given), in eval mode. Raises `ChainMismatch`
+    when a tensor is missing, unknown or of another shape."""
     model = ReIDModel(architecture_name, width)
-    state = {module_name(name): torch.from_numpy(np.ascontiguousarray(values)) for name, values in tensors.items()}
-    missing, unexpected = model.load_state_dict(state, strict=False)
+    state = {module_name(name): torch.tensor(values) for name, values in tensors.items()}
+    try:
+        missing, unexpected = model.load_state_dict(state, strict=False)
+    except RuntimeError as error:  # torch lists every tensor of another shape; the first says enough
+        first = str(error).splitlines()[1].strip()
+        raise ChainMismatch(f"tensors do not fit {architecture_name} {width}: {first}") from error
     lacking = [name for name in missing if not name.endswith("num_batches_tracked") and "running_" not in name]
     if lacking or unexpected:
-        raise KeyError(
+        raise ChainMismatch(
             f"tensors do not fit {architecture_name} {width}: lacking {lacking[:3]}, unexpected {unexpected[:3]}"
         )
     return model.eval()

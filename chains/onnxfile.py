@@ -21,6 +21,7 @@ import hashlib
 from bisect import bisect_right
 from collections import OrderedDict
 from collections.abc import Iterable, Iterator, Mapping
+from copy import deepcopy
 from dataclasses import dataclass
 from functools import cached_property
 from itertools import accumulate
@@ -81,8 +82,8 @@ class OnnxPlan:
 
     @property
     def recipe(self) -> dict[str, Any]:
-        """All that decides the bytes, as JSON values."""
-        return dict(self.layout.recipe)
+        """All that decides the bytes, as JSON values; a copy, for layouts are shared."""
+        return deepcopy(dict(self.layout.recipe))
 
     @property
     def model_id(self) -> str:

@@ -116,7 +116,8 @@ def new_classifier(images: ImageSet, embedding_dim: int) -> Tensor:
 
 
 def autocast(recipe: TrainRecipe) -> torch.autocast | nullcontext[None]:
-    """Forward passes in bfloat16 where the recipe says so; weights, losses and updates stay float32."""
+    """What runs inside is computed in bfloat16 where the recipe says so; weights and updates stay float32. A loss is as
+    precise as what goes into it: the classifier runs outside in `train_alone` and inside in `chains.refine`."""
     return torch.autocast("cpu", dtype=torch.bfloat16) if recipe.precision == "bfloat16" else nullcontext()
 
 

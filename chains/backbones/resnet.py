@@ -19,13 +19,13 @@ class BasicBlock(nn.Module):
 
     expansion = 1
 
-    def __init__(self, inputs: int, inner: int, stride: int) -> None:
+    def __init__(self, inputs: int, inner: int, stride: int, *, projects: bool) -> None:
         super().__init__()
         self.conv1 = nn.Conv2d(inputs, inner, 3, stride, padding=1, bias=False)
         self.bn1 = nn.BatchNorm2d(inner)
         self.conv2 = nn.Conv2d(inner, inner, 3, padding=1, bias=False)
         self.bn2 = nn.BatchNorm2d(inner)
-        self.downsample = _projection(inputs, inner, stride)
+        self.downsample = _projection(inputs, inner, stride) if projects else nn.Identity()
 
     def forward(self, x: Tensor) -> Tensor:
         out = functional.relu(self.bn1(self.conv1(x)))
@@ -37,7 +37,7 @@ class Bottleneck(nn.Module):
 
     expansion = 4
 
-    def __init__(self, inputs: int, inner: int, stride: int) -> None:
+    def __init__(self, inputs: int, inner: int, stride: int, *, projects: bool) -> None:
         super().__init__()
         outputs = inner * self.expansion
         self.conv1 = nn.Conv2d(inputs, inner, 1, bias=False)
@@ -46,7 +46,7 @@ class Bottleneck(nn.Module):
         self.bn2 = nn.BatchNorm2d(inner)
         self.conv3 = nn.Conv2d(inner, outputs, 1, bias=False)
         self.bn3 = nn.BatchNorm2d(outputs)
-        self.downsample = _projection(inputs, outputs, stride)
+        self.downsample = _projection(inputs, outputs, stride) if projects else nn.Identity()
 
     def forward(self, x: Tensor) -> Tensor:
         out = functional.relu(self.bn1(self.conv1(x)))
@@ -55,9 +55,7 @@ class Bottleneck(nn.Module):
 
 
 def _projection(inputs: int, outputs: int, stride: int) -> nn.Module:
-    """The shortcut: a strided 1×1 convolution where shapes differ, else the identity."""
-    if stride == 1 and inputs == outputs:
-        return nn.Identity()
+    """The shortcut of the first block of a stage."""
     return nn.Sequential(nn.Conv2d(inputs, outputs, 1, stride, bias=False), nn.BatchNorm2d(outputs))
 
 
@@ -71,14 +69,18 @@ class ResNet(nn.Module):
         self.maxpool = nn.MaxPool2d(3, 2, padding=1)
         self.channels = width.stem
         self.layer1, self.layer2, self.layer3, self.layer4 = (
-            self._stage(block, depth, width.stage(index), STAGE_STRIDES[index]) for index, depth in enumerate(depths)
+            self._stage(block, depth, width.stage(index), index) for index, depth in enumerate(depths)
         )
         self.apply(_initialise)
 
-    def _stage(self, block: type[BasicBlock | Bottleneck], depth: int, inner: int, stride: int) -> nn.Sequential:
+    def _stage(self, block: type[BasicBlock | Bottleneck], depth: int, inner: int, stage: int) -> nn.Sequential:
+        """A shortcut projects by its place, not by its widths: a narrow student has the layers of its teacher, also
+        where stages 3 and 4 come out equally wide, as in `8x2-4-4`."""
         blocks: list[nn.Module] = []
         for index in range(depth):
-            blocks.append(block(self.channels, inner, stride if index == 0 else 1))
+            projects = index == 0 and (stage > 0 or block.expansion > 1)
+            stride = STAGE_STRIDES[stage] if index == 0 else 1
+            blocks.append(block(self.channels, inner, stride, projects=projects))
             self.channels = inner * block.expansion
         return nn.Sequential(*blocks)
 

@@ -37,8 +37,9 @@ class Batch:
 
 
 def batches(images: ImageSet, recipe: BatchRecipe, seed: int) -> Iterator[Batch]:
-    """Endless PK batches, a function of the seed. Identities come in shuffled rounds, so each is seen equally often;
-    one with fewer than K images repeats some. Raises `DataError` with fewer than P identities."""
+    """Endless PK batches, a function of the seed. Identities come in shuffled rounds, so that each is seen about as
+    often; the rest of a round that fills no batch is dropped. An identity with fewer than K images repeats some. Raises
+    `DataError` with fewer than P identities."""
     pids, labels = np.unique(images.pids, return_inverse=True)
     if len(pids) < recipe.identities:
         raise DataError(f"{len(pids)} identities cannot fill a batch of {recipe.identities}")

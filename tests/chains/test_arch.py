@@ -7,7 +7,7 @@ from chains.width import Width
 
 
 @pytest.mark.parametrize("name", architecture_names())
-@pytest.mark.parametrize("width", [Width(4), Width(6, (2, 3, 4)), Width(16, (1, 1, 2))])
+@pytest.mark.parametrize("width", [Width(1), Width(4), Width(6, (2, 3, 4)), Width(16, (1, 1, 2)), Width(4, (2, 4, 4))])
 def test_the_table_has_the_shapes_of_the_torch_module(name: str, width: Width) -> None:
     model = ReIDModel(name, width)
     assert {tensor: tuple(values.shape) for tensor, values in model.tensors().items()} == model.table.tensor_shapes(

@@ -15,14 +15,19 @@ from typing import Any
 
 import numpy as np
 import pytest
+import safetensors.numpy
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from chains.artifact import METADATA_KEY, canonical_json, dump, load, save
-from chains.chain import Chain
-from chains.errors import ChainFileError, ChainMismatch
+from chains.chain import Chain, InputSpec
+from chains.cut import SharedClusters
+from chains.errors import ChainFileError, ChainMismatch, CutError
+from chains.expand import student
+from chains.model import load_student
 from chains.testing import pico_chain
+from chains.width import Width
 
 CHAIN = pico_chain(stem=4, narrowest=1, rungs=3)
 BYTES = dump(CHAIN)
@@ -46,6 +51,31 @@ def with_header(change: Callable[[dict[str, Any]], object]) -> bytes:
     change(ours)
     header["__metadata__"][METADATA_KEY] = json.dumps(ours)
     return joined(header, body)
+
+
+def with_text(old: str, new: str) -> bytes:
+    """The file with a piece of its Widthwise header replaced, for what `json.dumps` would not write."""
+    header, body = split(BYTES)
+    text = header["__metadata__"][METADATA_KEY]
+    assert old in text
+    header["__metadata__"][METADATA_KEY] = text.replace(old, new, 1)
+    return joined(header, body)
+
+
+def with_array(name: str, array: np.ndarray) -> bytes:
+    """The file with one tensor replaced by another of any shape."""
+    metadata = split(BYTES)[0]["__metadata__"]
+    return safetensors.numpy.save({**safetensors.numpy.load(BYTES), name: array}, metadata)
+
+
+def with_dtype(dtype: str) -> bytes:
+    """The file with the bytes of one tensor declared to be numbers of one byte and of type `dtype`."""
+
+    def lie(header: dict[str, Any]) -> None:
+        entry = header["weight/conv1.weight"]
+        entry |= {"dtype": dtype, "shape": [entry["data_offsets"][1] - entry["data_offsets"][0]]}
+
+    return with_tensors(lie)
 
 
 def with_tensors(change: Callable[[dict[str, Any]], object]) -> bytes:
@@ -125,11 +155,25 @@ ABUSES: dict[str, tuple[bytes, str]] = {
     "JSON nested a million deep": ((10**6).to_bytes(8, "little") + b"[" * 10**6, "no JSON"),
     "no metadata": (with_tensors(lambda h: h.pop("__metadata__")), "one metadata key"),
     "metadata that is no object": (with_tensors(lambda h: h.update(__metadata__=3)), "one metadata key"),
+    "metadata that is no text": (
+        with_tensors(lambda h: h["__metadata__"].update({METADATA_KEY: 3})),
+        "one metadata key",
+    ),
     "a second metadata key": (with_tensors(lambda h: h["__metadata__"].update(more="x")), "one metadata key"),
     "a future version": (with_header(lambda h: h.update(format_version=2)), "format version 2 is not 1"),
     "a field of the future": (with_header(lambda h: h.update(colour="red")), "colour"),
     "a missing field": (with_header(lambda h: h.pop("license")), "license"),
     "NaN in the header": (with_header(lambda h: h["input"].update(mean=[float("nan")] * 3)), "NaN"),
+    "a number beyond every float in the input": (with_text("0.485", "1e999"), "1e999, which is no finite number"),
+    "a number beyond every float in the frontier": (with_text("[[50.0", "[[1e999"), "no finite number"),
+    "a number beyond every float in the provenance": (with_text('"seed":0}', '"seed":-1e999}'), "no finite number"),
+    "an interval over 100": (with_text("[49.5,", "[149.5,"), "map_ci95"),
+    "half a character in the provenance": (with_text('"seed":0}', '"seed":"\\ud800"}'), "half a character"),
+    "half a character in a name in the provenance": (with_text('"seed":0}', '"\\udfff":0}'), "half a character"),
+    "provenance nested three hundred deep": (
+        with_text('"seed":0}', '"seed":' + "[" * 300 + "]" * 300 + "}"),
+        "provenance",
+    ),
     "an unknown architecture": (with_header(lambda h: h.update(architecture="resnet19")), "no architecture"),
     "an unknown mode": (with_header(lambda h: h.update(mode="magic")), "mode"),
     "the other mode": (with_header(lambda h: h.update(mode="oskt")), "sizes' is missing"),
@@ -149,6 +193,9 @@ ABUSES: dict[str, tuple[bytes, str]] = {
         "holds NaN or infinity",
     ),
     "a negative variance": (with_value("statistics/1x2-4-8/bn1.running_var", -1.0), "negative variance"),
+    "a lone number for an order": (with_array("group/stem/order", np.array(0, np.int32)), "order must hold"),
+    "a lone number for splits": (with_array("group/stem/splits", np.array(0, np.int32)), "splits must hold"),
+    "numbers that numpy does not have": (with_dtype("F8_E4M3"), "F8_E4M3"),
     "truncated tensors": (BYTES[:-4], "not a usable chain file"),
     "bytes behind the end": (BYTES + b"1234", "not a usable chain file"),
     "a tensor missing": (with_header(lambda h: h["ladder"].pop(0)), "no part of a chain claims"),
@@ -173,6 +220,75 @@ def test_abuse_is_refused_with_its_reason(abuse: str) -> None:
         load(data)
 
 
+def test_cluster_sizes_that_are_a_table_are_refused() -> None:
+    chain = pico_chain(mode="oskt", stem=4, narrowest=1, rungs=3)
+    tensors = safetensors.numpy.load(dump(chain))
+    tensors["group/stem/sizes"] = tensors["group/stem/sizes"].reshape(-1, 1)
+    with pytest.raises(ChainFileError, match="cluster sizes"):
+        load(safetensors.numpy.save(tensors, split(dump(chain))[0]["__metadata__"]))
+
+
+def test_no_length_of_header_makes_a_chain_look_like_a_pickle() -> None:
+    """A pickle starts with 0x80; so does a safetensors file whose header is 128 bytes long, or 384, or 640 …"""
+    files = [dump(replace(CHAIN, provenance={"note": "x" * extra})) for extra in range(0, 256, 8)]
+    assert any(data[0] == 0x80 for data in files)
+    assert all(dump(load(data).chain) == data for data in files)
+
+
+def test_a_refusal_is_short_whatever_the_file_says() -> None:
+    with pytest.raises(ChainFileError) as refused:
+        load(with_tensors(lambda h: h["__metadata__"].update({"x" * 10**6: "y"})))
+    assert len(str(refused.value)) < 500
+
+
+@pytest.mark.timeout(30)
+def test_many_tensors_and_a_long_ladder_are_refused_fast() -> None:
+    def crowd(header: dict[str, Any]) -> None:
+        end = max(entry["data_offsets"][1] for name, entry in header.items() if name != "__metadata__")
+        header.update({f"t{i}": {"dtype": "F32", "shape": [0], "data_offsets": [end, end]} for i in range(80_000)})
+        ours = json.loads(header["__metadata__"][METADATA_KEY])
+        ours["ladder"] = [f"1x1-{a}-{b}" for a in range(1, 5) for b in range(1, 65)]
+        header["__metadata__"][METADATA_KEY] = json.dumps(ours)
+
+    with pytest.raises(ChainFileError, match="no part of a chain claims"):
+        load(with_tensors(crowd))
+
+
+def test_a_loaded_chain_cannot_be_changed_by_who_shares_it() -> None:
+    chain = load(BYTES).chain
+    shared = student(chain, chain.teacher)["bn1.weight"]
+    assert np.shares_memory(shared, chain.tensors["bn1.weight"])
+    with pytest.raises(ValueError, match="read-only"):
+        shared *= 2
+    assert load_student(chain, chain.teacher).backbone.bn1.weight.requires_grad
+
+
+def test_whole_numbers_in_the_header_survive_a_round_trip() -> None:
+    frontier = replace(
+        CHAIN.frontier,
+        widths=tuple(replace(w, map=50, map_ci95=(49, 51), rank1=1, rank5=2) for w in CHAIN.frontier.widths),
+    )
+    data = dump(replace(CHAIN, input=InputSpec(64, 32, (0, 0, 0), (1, 1, 1)), frontier=frontier))
+    assert dump(load(data).chain) == data
+
+
+@pytest.mark.parametrize(
+    ("change", "reason"),
+    [
+        ({"name": "Demo Chain"}, "'Demo Chain' cannot be stored: header field 'name'"),
+        ({"license": ""}, "license"),
+        ({"provenance": {"seed": np.int64(0)}}, "int64 is not JSON"),
+        ({"provenance": {"loss": float("nan")}}, "not JSON compliant"),
+        ({"ladder": CHAIN.ladder[1:]}, "statistics of 1x2-4-8, which is not on its ladder"),
+    ],
+    ids=str,
+)
+def test_what_could_not_be_loaded_again_is_not_stored(change: dict[str, Any], reason: str) -> None:
+    """After hours of training this must fail before the file is written, not when somebody reads it."""
+    with pytest.raises(ChainFileError, match=reason):
+        dump(replace(CHAIN, **change))
+
+
 def test_a_claim_of_a_million_by_a_million_costs_no_memory() -> None:
     def lie(header: dict[str, Any]) -> None:
         header["weight/conv1.weight"]["shape"] = [10**6, 10**6]
@@ -191,9 +307,47 @@ def test_a_damaged_file_loads_cleanly_or_is_refused_cleanly(data: st.DataObject)
         assert dump(load(bytes(damaged)).chain)
 
 
+ODD_VALUES = (None, True, 0, -1, 2**64, 1e308, "", "\x00", "4x2-4-8", [], [[]], [0.5] * 3, {}, {"a": 1})
+
+
+def places(value: object, *path: str | int) -> list[tuple[str | int, ...]]:
+    """The path of every value inside a JSON value."""
+    inside = value.items() if isinstance(value, dict) else enumerate(value) if isinstance(value, list) else ()
+    return [place for key, item in inside for place in ((*path, key), *places(item, *path, key))]
+
+
+@settings(max_examples=300, deadline=None)
+@given(st.data())
+def test_a_header_with_an_odd_value_loads_cleanly_or_is_refused_cleanly(data: st.DataObject) -> None:
+    def change(header: Any) -> None:
+        *path, last = data.draw(st.sampled_from(places(header)))
+        for step in path:
+            header = header[step]
+        header[last] = data.draw(st.sampled_from(ODD_VALUES))
+
+    odd = data.draw(st.sampled_from([with_header, with_tensors]))(change)
+    with suppress(ChainFileError):
+        stored = dump(load(odd).chain)
+        assert dump(load(stored).chain) == stored
+
+
 def test_an_object_that_is_no_chain_cannot_be_built() -> None:
     with pytest.raises(ChainMismatch, match="not in both"):
         replace(CHAIN, tensors={name: t for name, t in CHAIN.tensors.items() if name != "conv1.weight"})
+
+
+def test_partitions_of_the_other_mode_are_no_chain() -> None:
+    with pytest.raises(ChainMismatch, match="'stem' has NestedTree, but mode 'oskt' needs SharedClusters"):
+        replace(CHAIN, mode="oskt")
+
+
+def test_checking_a_ladder_makes_no_cuts(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A cut costs as much as its group is wide, and a hostile file may list many rungs of a very wide teacher."""
+    chain = pico_chain(mode="oskt", stem=4, narrowest=2, rungs=3)
+    monkeypatch.setattr(SharedClusters, "cut", lambda *_: pytest.fail("a cut was made"))
+    assert replace(chain, name="again").ladder == chain.ladder
+    with pytest.raises(CutError, match="width 1x2-4-8: group 'stem' has no cut below 2"):
+        replace(chain, ladder=(Width(1), *chain.ladder))
 
 
 def test_canonical_json_knows_no_order_and_no_nan() -> None:

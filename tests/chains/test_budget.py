@@ -66,6 +66,20 @@ def test_a_wider_width_that_measures_clearly_worse_is_passed_over() -> None:
     assert widest_that_fits(Limits(max_macs=100 * 7**2), ladder, "c").width == Width(7)
 
 
+def test_an_interval_above_its_own_measurement_still_leaves_a_model() -> None:
+    odd = replace(candidate(4), accuracy=WidthAccuracy(Width(4), 50.0, (60.0, 70.0), 0, 0, 0))
+    assert widest_that_fits(Limits(max_macs=10**6), [odd], "c").width == Width(4)
+
+
+def test_limits_that_only_exclude_each_other_name_one_that_is_really_broken() -> None:
+    """Each limit alone leaves a width; both together leave none."""
+    few_macs = Candidate(Width(4), Costs(macs=10, params=90, peak_activation_bytes=1, artifact_bytes=1))
+    few_params = Candidate(Width(5), Costs(macs=100, params=20, peak_activation_bytes=1, artifact_bytes=1))
+    with pytest.raises(BudgetTooSmall) as caught:
+        widest_that_fits(Limits(max_macs=50, max_params=50), [few_macs, few_params], "c")
+    assert (caught.value.limit, caught.value.smallest_available) == ("max_params", 90)
+
+
 def test_equal_macs_are_settled_by_width() -> None:
     twins = [candidate(4), replace(candidate(5), costs=candidate(4).costs)]
     assert widest_that_fits(Limits(max_macs=10**6), twins, "c").width == Width(5)

@@ -32,6 +32,12 @@ def test_share_out_follows_the_rule(sizes: list[int], data: st.DataObject) -> No
     assert share_out(sizes, rows).tolist() == literal_share_out(sizes, rows)
 
 
+@pytest.mark.timeout(3)
+def test_share_out_of_a_very_wide_group_is_quick() -> None:
+    """A hostile chain file may declare a group of hundreds of thousands of channels and few stored rows."""
+    assert share_out([4] * 50_000, 150_000).tolist() == [3] * 50_000
+
+
 @given(SIZES, st.data())
 def test_every_teacher_channel_lands_in_one_part_inside_its_own_cluster(sizes: list[int], data: st.DataObject) -> None:
     clusters = SharedClusters(np.arange(sum(sizes)), np.array(sizes))

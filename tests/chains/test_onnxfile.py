@@ -456,6 +456,12 @@ def test_the_recipe_names_all_that_decides_the_bytes() -> None:
     assert planned.model_id == hashlib.sha256(canonical_json(planned.recipe).encode()).hexdigest()
 
 
+def test_a_recipe_that_was_handed_out_cannot_change_the_plan() -> None:
+    planned = plan(pico(), Width(4))
+    planned.recipe["input"].append(3)
+    assert planned.recipe["input"] == [64, 32]
+
+
 def test_every_recipe_has_its_own_id_and_its_own_bytes() -> None:
     plans = [plan(pico(), width, options) for width in (Width(3), Width(8)) for options in EVERY_OPTION]
     assert len({planned.model_id for planned in plans}) == len(plans)

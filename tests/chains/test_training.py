@@ -10,10 +10,11 @@ from chains.calibrate import BATCH, calibrate
 from chains.chain import Chain, InputSpec
 from chains.data.batches import BatchRecipe, augment, batches
 from chains.data.images import ImageSet
-from chains.errors import DataError
+from chains.errors import ChainMismatch, DataError
 from chains.evaluate import embed, measure_frontier
-from chains.losses import batch_hard_triplet, similarity_loss
-from chains.model import ReIDModel, load_student, numpy_tensors
+from chains.expand import student
+from chains.losses import batch_hard_triplet, reid_loss, similarity_loss
+from chains.model import ReIDModel, load_student, model_of, normalise, numpy_tensors
 from chains.refine import Refined, Sandwich, refine
 from chains.train import Trained, TrainRecipe, train_alone
 from chains.tree import grow_trees
@@ -71,6 +72,25 @@ def test_similarity_loss_of_the_full_width_with_itself_is_zero_and_trains_only_t
     assert student.grad is not None
 
 
+def test_similarity_loss_by_hand() -> None:
+    """The student's queries meet the full width's gallery, not each other: a quarter turn of both keeps all angles
+    between queries, yet every query now lies at a right angle to its own gallery image."""
+    full, turned = torch.tensor([[2.0, 0.0], [0.0, 3.0]]), torch.tensor([[0.0, 1.0], [-1.0, 0.0]])
+    assert similarity_loss(turned, full).item() == pytest.approx((1 + 1 + 1 + 1) / 4)
+
+
+def test_reid_loss_is_smoothed_cross_entropy_plus_triplet() -> None:
+    feature, logits, labels = torch.tensor([[0.0], [3.0]]), torch.tensor([[4.0, 0.0], [0.0, 4.0]]), torch.arange(2)
+    log_of_sum = np.log(np.exp(4) + 1)
+    smoothed = 0.95 * (log_of_sum - 4) + 0.05 * log_of_sum  # 0.1 spread over both identities
+    assert reid_loss(feature, logits, labels).item() == pytest.approx(smoothed, abs=1e-5)  # the triplet is 0
+
+
+def test_the_learning_rate_warms_up_and_then_falls_to_zero() -> None:
+    recipe = TrainRecipe(30, lr=0.5, warmup_steps=10)
+    assert [recipe.rate(step) for step in (0, 4, 9, 10, 20, 30)] == pytest.approx([0.05, 0.25, 0.5, 0.5, 0.25, 0])
+
+
 def test_batches_are_p_identities_of_k_images_and_a_function_of_the_seed() -> None:
     people = flat_people()
     first, again, other = (next(batches(people, RECIPE.batch, seed)) for seed in (1, 1, 2))
@@ -126,6 +146,15 @@ def test_before_any_step_a_pass_at_full_width_is_the_teacher() -> None:
     torch.testing.assert_close(logits, expected @ teacher.classifier.T, atol=1e-4, rtol=1e-4)
 
 
+@pytest.mark.parametrize("width", LADDER)
+def test_one_classifier_at_teacher_resolution_serves_every_width(width: Width) -> None:
+    teacher = a_teacher()
+    sandwich = Sandwich(teacher, grow_trees(teacher.model.table, numpy_tensors(teacher.model)), LADDER)
+    feature, lifted, logits = sandwich.forward(width, torch.randn(8, 3, 32, 16))
+    assert feature.shape[1] == sandwich.table.group_sizes(width)["layer4"]
+    torch.testing.assert_close(logits, lifted @ sandwich.classifier.T, atol=1e-5, rtol=1e-4)
+
+
 def test_refinement_moves_every_tensor_and_not_the_teacher() -> None:
     teacher = a_teacher()
     before = numpy_tensors(teacher.model)
@@ -164,6 +193,15 @@ def test_calibrated_statistics_are_those_of_the_student_s_own_activations() -> N
         np.testing.assert_allclose(embeddings.std(axis=0), np.abs(gamma), rtol=0.05)
 
 
+def test_calibration_averages_over_all_batches() -> None:
+    people = flat_people(identities=2 * BATCH // 4, each=4)
+    chain = calibrate(a_chain(refine(a_teacher(), LADDER, flat_people(), INPUT, RECIPE, 0)), people)
+    weight = torch.from_numpy(student(chain, LADDER[1])["conv1.weight"])
+    maps = torch.nn.functional.conv2d(normalise(people.images, INPUT), weight, stride=2, padding=3)
+    expected = maps.mean(dim=(0, 2, 3)).numpy()
+    np.testing.assert_allclose(chain.statistics[LADDER[1]]["bn1.running_mean"], expected, atol=1e-4)
+
+
 def test_calibration_on_too_few_images_is_refused() -> None:
     chain = a_chain(refine(a_teacher(), LADDER, flat_people(), INPUT, RECIPE, 0))
     with pytest.raises(DataError, match=f"32 images are too few .* {BATCH}"):
@@ -180,6 +218,14 @@ def test_a_frontier_measures_every_width_and_every_pair() -> None:
         assert frontier.cross_map[index][index] == measured.map
         assert measured.map_ci95[0] <= measured.map <= measured.map_ci95[1]
     assert not frontier.trained_after_expansion
+
+
+def test_tensors_of_another_width_or_name_are_no_model() -> None:
+    tensors = numpy_tensors(ReIDModel("resnet18", Width(4)))
+    with pytest.raises(ChainMismatch, match=r"resnet18 3x2-4-8: .*conv1\.weight"):
+        model_of("resnet18", Width(3), tensors)
+    with pytest.raises(ChainMismatch, match=r"lacking .*conv1\.weight"):
+        model_of("resnet18", Width(4), {name: t for name, t in tensors.items() if name != "conv1.weight"})
 
 
 def test_the_neck_has_no_trained_bias() -> None:
