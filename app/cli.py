@@ -25,6 +25,7 @@ from chains.errors import ChainsError
 
 cli = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False)
 _log = structlog.get_logger("app.cli")
+SHUTDOWN_TIMEOUT_S = 5  # downloads can be resumed, and container engines kill after 10 seconds
 TRY = """\
 Widthwise answers on {url} (docs: {url}/docs). Try:
 
@@ -62,7 +63,13 @@ def serve(
             "ANYONE WHO REACHES THIS ADDRESS CAN USE THE SERVICE: there are no API keys yet", host=settings.host
         )
     config = uvicorn.Config(
-        app, host=settings.host, port=settings.port, log_config=None, access_log=False, server_header=False
+        app,
+        host=settings.host,
+        port=settings.port,
+        log_config=None,
+        access_log=False,
+        server_header=False,
+        timeout_graceful_shutdown=SHUTDOWN_TIMEOUT_S,
     )
     Announcing(config).run()
 

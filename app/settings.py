@@ -10,6 +10,7 @@ from __future__ import annotations
 import ipaddress
 from pathlib import Path
 from typing import Annotated, Literal
+from urllib.parse import quote
 
 from pydantic import AliasChoices, Field, SecretStr, model_validator
 from pydantic_settings import BaseSettings, SettingsConfigDict
@@ -52,7 +53,7 @@ class Settings(BaseSettings):
     def database(self) -> str:
         """The SQLAlchemy URL; may hold a password, so it is never logged. Plain `postgresql://` means psycopg 3."""
         if self.database_url is None:
-            return f"sqlite:///{self.data_dir.absolute() / 'widthwise.db'}"
+            return f"sqlite:///{quote(str(self.data_dir.absolute() / 'widthwise.db'))}"
         url = self.database_url.get_secret_value()
         scheme, separator, rest = url.partition("://")
         return f"postgresql+psycopg://{rest}" if separator and scheme in ("postgres", "postgresql") else url

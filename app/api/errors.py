@@ -35,6 +35,10 @@ class NotAcceptable(ApiError):
         super().__init__("this answers as application/onnx (the model) or application/json (its manifest)")
 
 
+class MalformedBody(ApiError):
+    """The body is not the JSON this service reads; the message says why."""
+
+
 class UnsupportedMediaType(ApiError):
     """The body is not plain JSON."""
 
@@ -101,6 +105,7 @@ TABLE: dict[type[Exception], Row] = {
     app_errors.StorageUnavailable: Row(503, "storage-unavailable"),
     ApiError: Row(400, "bad-request"),
     NotAcceptable: Row(406, "not-acceptable"),
+    MalformedBody: Row(400, "body-malformed"),
     UnsupportedMediaType: Row(415, "media-type-unsupported"),
     PreconditionFailed: Row(412, "precondition-failed"),
     RangeNotSatisfiable: Row(416, "range-not-satisfiable"),
@@ -141,12 +146,13 @@ async def answer_known(_request: Request, error: Exception) -> Response:
     return problem(row.status, row.code, PRIVATE_DETAIL)
 
 
-async def answer_http(_request: Request, error: Exception) -> Response:
+async def answer_http(request: Request, error: Exception) -> Response:
     """Errors of the framework: no such path or method, an unreadable or too large body."""
     assert isinstance(error, HTTPException)  # noqa: S101 - registered for nothing else
     status = error.status_code
     code = HTTP_CODES.get(status, "http-error")
-    return problem(status, code, _SAID_BY_HTTP.get(status, str(error.detail)), error.headers)
+    headers = _allowed(request) if status == 405 else None
+    return problem(status, code, _SAID_BY_HTTP.get(status, str(error.detail)), headers or error.headers)
 
 
 async def answer_invalid(_request: Request, error: Exception) -> Response:
@@ -172,6 +178,13 @@ def field_error(mistake: Mapping[str, Any]) -> dict[str, str]:
     path = location[1:] if location[:1] == ["body"] else location
     pointer = "".join("/" + str(part)[:80].replace("~", "~0").replace("/", "~1") for part in path)
     return {"pointer": pointer, "code": kind.replace("_", "-"), "message": str(mistake["msg"])}
+
+
+def _allowed(request: Request) -> dict[str, str]:
+    """`Allow` with all methods of the path; the router names only those of the first route that it finds there."""
+    path = getattr(request.scope.get("route"), "path_format", None)
+    described = request.app.openapi()["paths"].get(path, {})
+    return {"allow": ", ".join(method.upper() for method in described)} if described else {}
 
 
 def _headers(error: Exception) -> dict[str, str]:

@@ -8,6 +8,7 @@ from __future__ import annotations
 import re
 import time
 import uuid
+from urllib.parse import quote
 
 import structlog
 from starlette.datastructures import Headers, MutableHeaders
@@ -120,4 +121,5 @@ def _announced_bytes(scope: Scope) -> int:
 
 
 def _path(scope: Scope) -> str:
-    return str(scope["path"])[:200]
+    """As the client may have sent it, so that no control character of it reaches the log."""
+    return quote(scope["path"])[:200]

@@ -25,7 +25,7 @@ _HEADERS = {
     name: {"description": description, "schema": {"type": kind}}
     for name, description, kind in (
         ("Location", "the model's manifest", "string"),
-        ("ETag", "strong; the model id", "string"),
+        ("ETag", "strong; the model id; of the file", "string"),
         ("Repr-Digest", "sha-256 of the whole file (RFC 9530), once it was streamed in full", "string"),
         ("Widthwise-Width", "the width chosen", "string"),
         ("Widthwise-Chain", "the chain it comes from", "string"),
@@ -37,10 +37,18 @@ _HEADERS = {
         ("Widthwise-Memory-Bytes-Bound", "conservative: 2.7 × weights plus activations", "integer"),
     )
 }
+_OF_ARTIFACT = {name: header for name, header in _HEADERS.items() if name != "Location"}
+_OF_MANIFEST = {name: header for name, header in _HEADERS.items() if name not in ("ETag", "Repr-Digest")}
+_CONTENT_RANGE = {"description": "which bytes of how many", "schema": {"type": "string"}}
+_NOT_MODIFIED = {"description": "the client has it already", "headers": {"ETag": _HEADERS["ETag"]}}
 _ARTIFACT_RESPONSES: dict[int | str, dict[str, Any]] = {
-    200: {"description": "the whole file", "content": {ONNX: _BYTES}, "headers": _HEADERS},
-    206: {"description": "the range asked for", "content": {ONNX: _BYTES}},
-    304: {"description": "the client has it already"},
+    200: {"description": "the whole file", "content": {ONNX: _BYTES}, "headers": _OF_ARTIFACT},
+    206: {
+        "description": "the range asked for",
+        "content": {ONNX: _BYTES},
+        "headers": {**_OF_ARTIFACT, "Content-Range": _CONTENT_RANGE},
+    },
+    304: _NOT_MODIFIED,
     **documented(404, 410, 412, 416, 500, 503),
 }
 
@@ -56,7 +64,7 @@ _ARTIFACT_RESPONSES: dict[int | str, dict[str, Any]] = {
             "content": {ONNX: _BYTES, JSON: _MANIFEST},
             "headers": _HEADERS,
         },
-        201: {"description": "the manifest of a new model", "model": Manifest, "headers": _HEADERS},
+        201: {"description": "the manifest of a new model", "model": Manifest, "headers": _OF_MANIFEST},
         **documented(400, 404, 406, 413, 415, 422, 500, 503),
     },
 )
@@ -101,7 +109,11 @@ def get_artifact(model_id: ModelId, request: Request, provision: TheProvision) -
     "/models/{model_id}/artifact",
     summary="Headers of the ONNX file",
     response_class=Response,
-    responses={200: {"description": "the headers of GET", "headers": _HEADERS}, **documented(404, 410, 412, 500, 503)},
+    responses={
+        200: {"description": "the headers of GET", "headers": _OF_ARTIFACT},
+        304: _NOT_MODIFIED,
+        **documented(404, 410, 412, 500, 503),
+    },
 )
 def head_artifact(model_id: ModelId, request: Request, provision: TheProvision) -> Response:
     """As GET, without the bytes."""

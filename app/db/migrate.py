@@ -8,7 +8,7 @@ from alembic import command
 from alembic.config import Config
 from alembic.runtime.migration import MigrationContext
 from alembic.script import ScriptDirectory
-from sqlalchemy.exc import OperationalError
+from sqlalchemy.exc import DBAPIError
 
 from app.db.session import Database
 from app.errors import DatabaseUnavailable
@@ -18,11 +18,16 @@ _CHECKOUT = Path(__file__).parent.parent.parent / "alembic"
 
 
 def migrate(database: Database, revision: str = "head") -> None:
-    """Upgrade to `revision`, in one transaction where the database can. Raises `DatabaseUnavailable`."""
+    """Upgrade to `revision` in one transaction; of servers that start at once, one migrates and the others wait for it.
+
+    Raises `DatabaseUnavailable`.
+    """
     try:
         with database.engine.begin() as connection:
+            if connection.dialect.name == "sqlite":  # what the advisory lock in alembic/env.py is to PostgreSQL
+                connection.exec_driver_sql("BEGIN IMMEDIATE")
             command.upgrade(_config(connection=connection), revision)
-    except OperationalError as error:
+    except DBAPIError as error:
         raise DatabaseUnavailable(f"the database cannot be migrated: {error.orig}") from error
 
 

@@ -10,11 +10,10 @@ from typing import Any
 from sqlalchemy import Engine, create_engine, event, make_url
 from sqlalchemy.exc import (
     ArgumentError,
+    DataError,
     DBAPIError,
-    InterfaceError,
+    IntegrityError,
     NoSuchModuleError,
-    OperationalError,
-    ProgrammingError,
 )
 from sqlalchemy.exc import TimeoutError as PoolTimeout
 from sqlalchemy.orm import Session, sessionmaker
@@ -32,15 +31,22 @@ class Database:
             self.engine = _engine(url)
         except (ArgumentError, NoSuchModuleError) as error:
             raise DatabaseUnavailable("WIDTHWISE_DATABASE_URL is no URL of a supported database") from error
+        except OSError as error:
+            raise DatabaseUnavailable(f"the folder of the database cannot be made: {error}") from error
         self._sessions = sessionmaker(self.engine, expire_on_commit=False)
 
     @contextmanager
     def transaction(self) -> Iterator[Session]:
-        """One transaction: committed at the end, rolled back on any error. Raises `DatabaseUnavailable`."""
+        """One transaction: committed at the end, rolled back on any error. Raises `DatabaseUnavailable`.
+
+        The two errors that blame the values and not the database go through.
+        """
         try:
             with self._sessions.begin() as session:
                 yield session
-        except (OperationalError, InterfaceError, ProgrammingError, PoolTimeout) as error:
+        except (IntegrityError, DataError):
+            raise
+        except (DBAPIError, PoolTimeout) as error:
             raise DatabaseUnavailable(f"the database failed: {_first_line(error)}") from error
 
     def dispose(self) -> None:

@@ -60,6 +60,8 @@ class LocalStore:
             path.unlink()
 
     def list(self, prefix: str = "") -> Iterator[str]:
+        if not self._root.is_dir():
+            raise StorageUnavailable(f"the storage folder {self._root} is not there")
         with _storage_errors():
             files = (Path(folder) / name for folder, _, names in os.walk(self._root) for name in names)
             keys = sorted(file.relative_to(self._root).as_posix() for file in files if not file.name.startswith("."))

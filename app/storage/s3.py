@@ -35,7 +35,8 @@ class S3Store:
     def __init__(self, bucket: str, prefix: str = "", endpoint_url: str | None = None) -> None:
         self._bucket = bucket
         self._prefix = f"{prefix.strip('/')}/" if prefix.strip("/") else ""
-        self._client = _client(endpoint_url)
+        with _storage_errors():
+            self._client = _client(endpoint_url)
 
     def prepare(self) -> None:
         """Make the bucket when it is missing. Raises `StorageUnavailable`, also when making buckets is not allowed."""
@@ -109,7 +110,11 @@ def _client(endpoint_url: str | None) -> S3Client:
         response_checksum_validation="when_required",
     )
     patience = Config(connect_timeout=5, read_timeout=30, retries={"mode": "standard", "total_max_attempts": 3})
-    return boto3.client("s3", endpoint_url=endpoint_url, config=patience.merge(foreign) if endpoint_url else patience)
+    config = patience.merge(foreign) if endpoint_url else patience
+    try:
+        return boto3.client("s3", endpoint_url=endpoint_url, config=config)
+    except ValueError as error:
+        raise StorageUnavailable("WIDTHWISE_S3_ENDPOINT_URL is no http URL") from error
 
 
 def _code(error: ClientError) -> str:

@@ -80,6 +80,12 @@ BODIES = [
     (b'{"limits": "\xff\xfe"}', 400, "body-malformed", None),
     (b"\xff\xff\xff", 400, "body-malformed", None),
     (b"\x00" * 50, 400, "body-malformed", None),
+    ('{"limits": {"max_macs": 1}}'.encode("utf-16"), 400, "body-malformed", None),
+    ('{"limits": {"max_macs": 1}}'.encode("utf-32-le"), 400, "body-malformed", None),
+    ('\ufeff{"limits": {"max_macs": 1}}', 422, "budget-too-small", None),
+    ('{"limits": {"max_macs": 1, "max_macs": 1000000000}}', 400, "body-malformed", None),
+    ('{"limits": {"max_macs": 1}, "limits": FITS}', 400, "body-malformed", None),
+    ('{"limits": FITS, "x": {"y": 1, "\\u0079": 2}}', 400, "body-malformed", None),
     (" " * 70_000, 413, "body-too-large", None),
     ('{"limits": FITS, "chain": "' + "x" * 70_000 + '"}', 413, "body-too-large", None),
 ]
@@ -117,6 +123,12 @@ def test_bad_headers_get_a_clear_answer(
 ) -> None:
     answer = shared_client.post("/models", content=json.dumps({"limits": FITS}), headers=headers)
     assert (answer.status_code, answer.json()["code"]) == (status, code)
+
+
+def test_accept_may_be_said_in_several_lines(shared_client: TestClient) -> None:
+    headers = [("accept", "text/html"), ("accept", "application/json"), ("content-type", "application/json")]
+    answer = shared_client.post("/models", content=json.dumps({"limits": FITS}), headers=headers)
+    assert answer.headers["content-type"] == "application/json", answer.text
 
 
 def test_a_body_without_announced_length_is_counted(shared_client: TestClient) -> None:

@@ -83,14 +83,13 @@ def test_migrating_twice_changes_nothing(database: Database) -> None:
     assert is_current(database)
 
 
-def test_servers_that_start_at_once_migrate_once(postgres_url: str, tmp_path: Path) -> None:
-    environment = {**os.environ, "WIDTHWISE_DATABASE_URL": postgres_url, "WIDTHWISE_DATA_DIR": str(tmp_path)}
+def test_servers_that_start_at_once_migrate_once(database: Database, tmp_path: Path) -> None:
+    url = database.engine.url.render_as_string(hide_password=False)
+    environment = {**os.environ, "WIDTHWISE_DATABASE_URL": url, "WIDTHWISE_DATA_DIR": str(tmp_path)}
     command = [sys.executable, "-m", "app.cli", "migrate"]
-    servers = [subprocess.Popen(command, env=environment, cwd=ROOT, stdout=subprocess.DEVNULL) for _ in range(3)]
-    assert [server.wait(60) for server in servers] == [0, 0, 0]
-    database = Database(postgres_url)
+    servers = [subprocess.Popen(command, env=environment, cwd=ROOT, stdout=subprocess.DEVNULL) for _ in range(4)]
+    assert [server.wait(60) for server in servers] == [0, 0, 0, 0]
     assert is_current(database)
-    database.dispose()
 
 
 def test_migrations_make_the_tables_the_code_expects(database: Database) -> None:

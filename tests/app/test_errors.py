@@ -1,11 +1,14 @@
 from __future__ import annotations
 
 import json
+import shutil
 from collections.abc import Iterator
+from pathlib import Path
 
 import pytest
 from fastapi import FastAPI
 from fastapi.testclient import TestClient
+from structlog.testing import capture_logs
 
 from app.api.errors import PRIVATE_DETAIL, TABLE, row_of
 from app.errors import AppError, DatabaseUnavailable, ObjectCorrupt, StorageUnavailable
@@ -116,8 +119,28 @@ def test_whatever_goes_wrong_the_answer_is_a_problem(
         assert problem["detail"]
 
 
-def test_405_names_the_methods_there_are(shared_client: TestClient) -> None:
-    assert shared_client.delete("/models").headers["allow"] == "POST"
+@pytest.mark.parametrize(
+    ("path", "methods"),
+    [
+        ("/models", {"POST"}),
+        ("/models/x", {"GET"}),
+        ("/models/x/artifact", {"GET", "HEAD"}),
+        ("/chains/x", {"GET"}),
+        ("/openapi.json", {"GET", "HEAD"}),
+    ],
+)
+def test_405_names_the_methods_there_are(shared_client: TestClient, path: str, methods: set[str]) -> None:
+    assert set(shared_client.delete(path).headers["allow"].split(", ")) == methods
+
+
+@pytest.mark.parametrize("path", ["/chains/%1b%5b31mred", "/chains/a%0afake", "/chains/%c2%9b31m%e2%80%a8"])
+def test_a_path_cannot_write_into_the_log(shared_client: TestClient, path: str) -> None:
+    with capture_logs() as lines:
+        shared_client.get(path)
+    logged = lines[-1]["path"]
+    assert logged.startswith("/chains/")
+    assert logged.isascii()
+    assert logged.isprintable()
 
 
 @pytest.mark.parametrize("offered", ["abc-1.2_3", "a" * 64])
@@ -158,6 +181,21 @@ def test_not_ready_when_one_is_away(
     answer = client.get("/health/ready")
     assert (answer.status_code, answer.json()["code"]) == (503, "not-ready")
     assert SECRET not in answer.text
+
+
+def test_not_ready_when_the_folder_of_objects_is_gone(client: TestClient, tmp_path: Path) -> None:
+    shutil.rmtree(tmp_path / "data" / "objects")
+    answer = client.get("/health/ready")
+    assert (answer.status_code, answer.json()["code"]) == (503, "not-ready")
+
+
+def test_a_damaged_database_is_named_unavailable(app: FastAPI, client: TestClient, tmp_path: Path) -> None:
+    app.state.services.database.dispose()
+    for file in (tmp_path / "data").glob("widthwise.db*"):
+        file.write_bytes(b"no database" * 1000)
+    for path, code in {"/chains": "database-unavailable", "/health/ready": "not-ready"}.items():
+        answer = client.get(path)
+        assert (answer.status_code, answer.json()["code"]) == (503, code)
 
 
 def test_not_ready_before_the_database_is_migrated(tmp_path: object) -> None:

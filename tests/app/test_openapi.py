@@ -56,3 +56,24 @@ def test_bytes_are_described_as_onnx(description: dict[str, Any]) -> None:
         ok = description["paths"][path][method]["responses"]["200"]
         assert "application/onnx" in ok["content"]
         assert {"ETag", "Repr-Digest", "Widthwise-Width", "Widthwise-Memory-Bytes-Bound"} <= ok["headers"].keys()
+
+
+def test_documented_headers_are_sent(client: TestClient, description: dict[str, Any]) -> None:
+    body = {"limits": {"max_macs": 10**9}, "opset": 12}
+    made = client.post("/models", json=body, headers={"accept": "application/json"})
+    client.post("/models", json=body)  # now the digest is known
+    path = f"{made.headers['location']}/artifact"
+    answers = {
+        ("/models", "post", "201"): made,
+        ("/models", "post", "200"): client.post("/models", json=body),
+        ("/models/{model_id}/artifact", "get", "200"): client.get(path),
+        ("/models/{model_id}/artifact", "get", "206"): client.get(path, headers={"range": "bytes=0-1"}),
+        ("/models/{model_id}/artifact", "get", "304"): client.get(path, headers={"if-none-match": "*"}),
+        ("/models/{model_id}/artifact", "head", "200"): client.head(path),
+        ("/models/{model_id}/artifact", "head", "304"): client.head(path, headers={"if-none-match": "*"}),
+    }
+    for (route, method, status), answer in answers.items():
+        assert str(answer.status_code) == status
+        documented = description["paths"][route][method]["responses"][status].get("headers", {})
+        assert {name.lower() for name in documented} <= answer.headers.keys(), (route, method, status)
+    assert "Content-Range" in description["paths"]["/models/{model_id}/artifact"]["get"]["responses"]["206"]["headers"]

@@ -14,6 +14,7 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from threading import Timer
 
 import pytest
 
@@ -180,6 +181,25 @@ def test_clients_that_go_away_break_nothing(environment: dict[str, str], tmp_pat
     assert "unexpected" not in log.read_text()
 
 
+def test_a_client_that_stalls_does_not_keep_the_service_from_stopping(
+    environment: dict[str, str], tmp_path: Path
+) -> None:
+    publish(environment, artifact.dump(pico_chain(stem=48, narrowest=16, rungs=2)))
+    log, payload = tmp_path / "log", json.dumps(ROOMY)
+    with socket.socket() as client:
+        client.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
+        with serving(environment, log) as address:
+            client.connect(address)
+            head = f"Content-Type: application/json\r\nContent-Length: {len(payload)}\r\n\r\n{payload}"
+            client.sendall(f"POST /models HTTP/1.1\r\nHost: x\r\n{head}".encode())
+            assert client.recv(12) == b"HTTP/1.1 200"
+            patience = Timer(20, client.close)
+            patience.start()
+        assert patience.is_alive(), "the service waited for the client"
+        patience.cancel()
+    assert "Traceback" not in log.read_text()
+
+
 def test_binding_to_the_network_is_refused_at_start(environment: dict[str, str], tmp_path: Path) -> None:
     done = widthwise(environment, "serve", "--host", "0.0.0.0", "--port", "0")
     assert done.returncode == 1
@@ -194,6 +214,7 @@ def test_binding_to_the_network_is_refused_at_start(environment: dict[str, str],
         ({"WIDTHWISE_STORAGE_URL": "ftp://x"}, "storage URL"),
         ({"WIDTHWISE_DATABASE_URL": "nonsense"}, "WIDTHWISE_DATABASE_URL"),
         ({"WIDTHWISE_DATABASE_URL": "postgresql://me:hunter2@127.0.0.1:9/x"}, "database"),
+        ({"WIDTHWISE_DATA_DIR": "/dev/null/data"}, "database"),
         ({"WIDTHWISE_PORT": "none"}, "integer"),
     ],
 )
@@ -206,6 +227,15 @@ def test_a_wrong_setting_ends_with_one_clear_line(
     assert words in done.stderr
     assert "Traceback" not in done.stderr
     assert "hunter2" not in done.stderr
+
+
+def test_a_damaged_database_ends_with_one_clear_line(environment: dict[str, str], tmp_path: Path) -> None:
+    (tmp_path / "data").mkdir()
+    (tmp_path / "data" / "widthwise.db").write_bytes(b"no database" * 1000)
+    done = widthwise(environment, "serve", "--port", "0")
+    assert done.returncode == 1
+    assert done.stderr.splitlines()[-1] == "widthwise: the database cannot be migrated: file is not a database"
+    assert "Traceback" not in done.stderr
 
 
 def test_migrate_prepares_and_can_be_repeated(environment: dict[str, str], tmp_path: Path) -> None:

@@ -4,7 +4,9 @@ from pathlib import Path
 
 import pytest
 from pydantic import ValidationError
+from sqlalchemy import text
 
+from app.db.session import Database
 from app.settings import Settings, is_loopback
 
 
@@ -54,3 +56,12 @@ def test_a_password_is_not_in_the_settings_representation(monkeypatch: pytest.Mo
     monkeypatch.setenv("WIDTHWISE_DATABASE_URL", "postgresql://me:hunter2@db/widthwise")
     assert "hunter2" not in repr(Settings())
     assert "hunter2" not in str(Settings().model_dump())
+
+
+@pytest.mark.parametrize("name", ["plain", "a?b", "a%20b", "a#b", "ä b"])
+def test_the_embedded_database_lies_in_the_data_folder(tmp_path: Path, name: str) -> None:
+    database = Database(Settings(data_dir=tmp_path / name).database)
+    with database.transaction() as session:
+        session.execute(text("SELECT 1"))
+    database.dispose()
+    assert (tmp_path / name / "widthwise.db").is_file()

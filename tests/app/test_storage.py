@@ -229,3 +229,15 @@ def test_a_server_that_is_away_is_named_unavailable(s3_credentials: None) -> Non
         store.stat("a")
     with pytest.raises(StorageUnavailable):
         store.prepare()
+
+
+def test_an_endpoint_that_is_no_url_is_named(s3_credentials: None) -> None:
+    with pytest.raises(StorageUnavailable, match="WIDTHWISE_S3_ENDPOINT_URL"):
+        open_store("s3://bucket", "127.0.0.1:8333")
+
+
+def test_half_a_credential_is_named(s3_credentials: None, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("boto3.DEFAULT_SESSION", None)  # it remembers the credentials it found before
+    monkeypatch.delenv("AWS_SECRET_ACCESS_KEY")
+    with pytest.raises(StorageUnavailable, match="AWS_SECRET_ACCESS_KEY"):
+        open_store("s3://bucket", "http://127.0.0.1:9")
