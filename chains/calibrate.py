@@ -28,7 +28,10 @@ def calibrate(chain: Chain, images: ImageSet) -> Chain:
     batch: variances of the neck would be noise."""
     if len(images) < BATCH:
         raise DataError(f"{len(images)} images are too few to calibrate with; give at least {BATCH}")
-    return replace(chain, statistics={width: measure_statistics(chain, width, images) for width in chain.ladder})
+    statistics = {width: measure_statistics(chain, width, images) for width in chain.ladder}
+    return replace(
+        chain, statistics=statistics, frontier=None
+    )  # a frontier holds for the statistics it was measured with
 
 
 def measure_statistics(chain: Chain, width: Width, images: ImageSet) -> dict[str, Floats]:

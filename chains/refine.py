@@ -22,6 +22,7 @@ from chains.arch import Architecture
 from chains.chain import InputSpec
 from chains.cut import Cut, NestedTree
 from chains.data.images import ImageSet
+from chains.errors import WidthError
 from chains.expand import expand, sum_runs
 from chains.losses import reid_loss, similarity_loss
 from chains.model import ReIDModel, module_name, numpy_tensors
@@ -82,7 +83,13 @@ def refine(
     report: Report | None = None,
 ) -> Refined:
     """Refine `teacher` into the tensors of a nested chain with `ladder` (narrow to wide, its last rung the teacher's
-    width). Widths and batches are a function of the seed; `teacher` is left as it was."""
+    width). Widths and batches are a function of the seed; `teacher` is left as it was. Raises `WidthError` when the
+    ladder has no rung between its ends or does not end at the teacher."""
+    if len(ladder) < 3 or ladder[-1] != teacher.model.width:
+        rungs = ", ".join(str(width) for width in ladder)
+        raise WidthError(
+            f"a sandwich needs at least three rungs that end at {teacher.model.width}, not {rungs or 'none'}"
+        )
     trees = grow_trees(teacher.model.table, numpy_tensors(teacher.model))
     sandwich = Sandwich(teacher, trees, ladder)
     widths = np.random.default_rng([seed, 1])

@@ -72,7 +72,7 @@ def even_ladder(narrowest: Width, full: Width, count: int, alignment: int | None
         )
     if count < 2:
         raise WidthError(f"a ladder has at least its two ends; {count} rungs were asked for")
-    step = alignment or default_alignment(full)
+    step = default_alignment(full) if alignment is None else alignment
     span = full.stem - narrowest.stem
     inner = (narrowest.stem + span * rung / (count - 1) for rung in range(1, count - 1))
     stems = [narrowest.stem, *(step * round(stem / step) for stem in inner), full.stem]

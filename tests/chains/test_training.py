@@ -10,12 +10,13 @@ from chains.calibrate import BATCH, calibrate
 from chains.chain import Chain, InputSpec
 from chains.data.batches import BatchRecipe, augment, batches
 from chains.data.images import ImageSet
-from chains.errors import ChainMismatch, DataError
+from chains.errors import ChainMismatch, DataError, WidthError
 from chains.evaluate import embed, measure_frontier
 from chains.expand import student
 from chains.losses import batch_hard_triplet, reid_loss, similarity_loss
 from chains.model import ReIDModel, load_student, model_of, normalise, numpy_tensors
 from chains.refine import Refined, Sandwich, refine
+from chains.testing import made_up_frontier
 from chains.train import Trained, TrainRecipe, train_alone
 from chains.tree import grow_trees
 from chains.width import Width, even_ladder
@@ -166,6 +167,12 @@ def test_refinement_moves_every_tensor_and_not_the_teacher() -> None:
     assert not refined.tensors["neck.bias"].any()
 
 
+@pytest.mark.parametrize("ladder", [(), LADDER[:2], LADDER[1:], (Width(1), *LADDER[:2])], ids=str)
+def test_a_ladder_that_makes_no_sandwich_is_refused_before_training(ladder: tuple[Width, ...]) -> None:
+    with pytest.raises(WidthError, match="three rungs that end at 4x2-4-8"):
+        refine(a_teacher(), ladder, flat_people(), INPUT, RECIPE, 0)
+
+
 def test_refinement_is_a_function_of_the_seed() -> None:
     first, again = (refine(a_teacher(), LADDER, flat_people(), INPUT, RECIPE, 5) for _ in range(2))
     assert all(np.array_equal(first.tensors[name], again.tensors[name]) for name in first.tensors)
@@ -200,6 +207,13 @@ def test_calibration_averages_over_all_batches() -> None:
     maps = torch.nn.functional.conv2d(normalise(people.images, INPUT), weight, stride=2, padding=3)
     expected = maps.mean(dim=(0, 2, 3)).numpy()
     np.testing.assert_allclose(chain.statistics[LADDER[1]]["bn1.running_mean"], expected, atol=1e-4)
+
+
+def test_a_recalibrated_chain_has_no_frontier_until_it_is_measured_again() -> None:
+    people = flat_people(identities=64, each=4)
+    chain = calibrate(a_chain(refine(a_teacher(), LADDER, flat_people(), INPUT, RECIPE, 0)), people)
+    measured = replace(chain, frontier=made_up_frontier(LADDER))
+    assert calibrate(measured, people).frontier is None
 
 
 def test_calibration_on_too_few_images_is_refused() -> None:
