@@ -109,7 +109,8 @@ def _client(endpoint_url: str | None) -> S3Client:
         request_checksum_calculation="when_required",
         response_checksum_validation="when_required",
     )
-    patience = Config(connect_timeout=5, read_timeout=30, retries={"mode": "standard", "total_max_attempts": 3})
+    # A server that hangs must not hold a worker thread for long: 20 s at worst.
+    patience = Config(connect_timeout=5, read_timeout=10, retries={"mode": "standard", "total_max_attempts": 2})
     config = patience.merge(foreign) if endpoint_url else patience
     try:
         return boto3.client("s3", endpoint_url=endpoint_url, config=config)
