@@ -57,8 +57,9 @@ class BudgetTooSmall(ChainsError):
 
     def __init__(self, chain: str, limit: str, requested: int, smallest_available: int) -> None:
         super().__init__(
-            f"the narrowest student of chain '{chain}' that has the least {limit.removeprefix('max_')} needs "
-            f"{smallest_available:,}; {limit} allows {requested:,}. Raise {limit} or refine a narrower chain."
+            f"no student of chain '{chain}' fits: the smallest needs {smallest_available:,} "
+            f"{limit.removeprefix('max_').replace('_', ' ')}, {limit} allows {requested:,}. "
+            f"Raise {limit} or refine a narrower chain."
         )
         self.chain = chain
         self.limit = limit

@@ -55,7 +55,7 @@ def test_what_is_no_url_is_refused(url: str) -> None:
 
 def test_the_service_s_own_words_are_passed_on(url: str) -> None:
     device: Any = demo.Device("tiny", "max_macs", 1)
-    with pytest.raises(DemoFailed, match=r"422: the narrowest student"):
+    with pytest.raises(DemoFailed, match=r"422: no student of chain"):
         demo.fetch(url, device)
 
 
