@@ -14,6 +14,7 @@ import uuid
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import NoReturn
 
 import pytest
 from fastapi import FastAPI
@@ -134,12 +135,13 @@ def postgres_url(postgres_server: str) -> Iterator[str]:
 @contextmanager
 def throw_away_postgres() -> Iterator[int]:
     """A server from the installed binaries. It refuses to run as root, so root runs it as `nobody`."""
+    initdb, postgres = postgres_program("initdb"), postgres_program("postgres")
     port, home = free_port(), Path(tempfile.mkdtemp(prefix="widthwise-postgres-"))  # pytest's folders are root's alone
     as_user: list[str] = []
     if os.geteuid() == 0:
         shutil.chown(home, "nobody", "nogroup")
         as_user = ["setpriv", "--reuid=nobody", "--regid=nogroup", "--clear-groups"]
-    data, initdb, postgres = str(home / "data"), postgres_program("initdb"), postgres_program("postgres")
+    data = str(home / "data")
     make = [*as_user, initdb, "-D", data, "-U", "widthwise", "-A", "trust", "-E", "UTF8", "--no-sync"]
     serve = [*as_user, postgres, "-D", data, "-p", str(port), "-c", "listen_addresses=127.0.0.1", "-c", "fsync=off"]
     try:
@@ -151,12 +153,24 @@ def throw_away_postgres() -> Iterator[int]:
 
 
 def postgres_program(name: str) -> str:
-    """Debian keeps the server's programs out of PATH. Missing ones fail the test: it must not be skipped in silence."""
+    """The path of one of the server's programs, which Debian keeps out of PATH."""
     found = shutil.which(name) or next(
         (str(path) for path in sorted(Path("/usr/lib/postgresql").glob(f"*/bin/{name}"), reverse=True)), None
     )
-    assert found, f"install PostgreSQL (its program {name} is missing) or set WIDTHWISE_TEST_POSTGRES_URL"
-    return found
+    return found or lacking(f"PostgreSQL (its program {name}); or set WIDTHWISE_TEST_POSTGRES_URL")
+
+
+@pytest.fixture
+def curl() -> str:
+    """The program that the service tells people to use."""
+    return shutil.which("curl") or lacking("curl")
+
+
+def lacking(program: str) -> NoReturn:
+    """A bare machine may run the tests without this program, and is told so; continuous integration may not."""
+    if os.environ.get("CI"):
+        pytest.fail(f"missing in CI: {program}")
+    pytest.skip(f"not installed: {program}")
 
 
 @contextmanager
