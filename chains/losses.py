@@ -12,7 +12,8 @@ TRIPLET_MARGIN = 0.3
 
 def reid_loss(feature: Tensor, logits: Tensor, labels: Tensor) -> Tensor:
     """Cross-entropy with label smoothing 0.1 on `logits` (batch, pids), plus batch-hard triplet on `feature` (batch,
-    D): the "bag of tricks" baseline (Luo et al., CVPRW 2019). labels: int64 (batch,), row of the classifier."""
+    D): the "bag of tricks" baseline (Luo et al., CVPRW 2019) without its center loss. labels: int64 (batch,), row of
+    the classifier."""
     return functional.cross_entropy(logits, labels, label_smoothing=LABEL_SMOOTHING) + batch_hard_triplet(
         feature, labels
     )

@@ -28,6 +28,7 @@ from itertools import accumulate
 from threading import Lock
 from typing import Any
 
+import numpy as np
 from onnx import TensorProto
 
 from chains import onnxgraph
@@ -35,12 +36,12 @@ from chains.artifact import StoredChain, canonical_json
 from chains.chain import Chain
 from chains.cost import FLOAT_BYTES, Costs, count_macs, count_params, peak_activation_bytes
 from chains.cut import Cut
-from chains.errors import UnsupportedOption
+from chains.errors import ChainMismatch, UnsupportedOption
 from chains.onnxgraph import EMITTER_VERSION, OPSETS, EmitOptions
 from chains.onnxweights import Constant, Initialiser, Weight, initialisers, lift_initialiser, pixel_initialisers
 from chains.width import USUAL_MULTIPLIERS, Width
 
-__all__ = ["EMITTER_VERSION", "OPSETS", "EmitOptions", "OnnxPlan", "plan", "write"]
+__all__ = ["EMITTER_VERSION", "OPSETS", "EmitOptions", "OnnxPlan", "plan", "require_finite", "write"]
 
 CHUNK_BYTES = 256 * 1024
 SMALL_BYTES = 32 * 1024  # pieces below this are joined: a write to a socket costs more than copying them
@@ -133,6 +134,21 @@ def plan(stored: StoredChain, width: Width, options: EmitOptions = DEFAULT_OPTIO
 def write(stored: StoredChain, width: Width, options: EmitOptions = DEFAULT_OPTIONS) -> bytes:
     """The whole file of `plan(stored, width, options)`."""
     return b"".join(plan(stored, width, options).chunks())
+
+
+def require_finite(stored: StoredChain, width: Width) -> None:
+    """Make every weight of the student at `width` once, and look at it.
+
+    Finite tensors are not enough: sums and folded normalisation can overflow. Raises `ChainMismatch` naming the first
+    initialiser that holds NaN or infinity; raises as `plan` too. Takes a full expansion: for publishing, not serving.
+    """
+    draft = _Draft(stored, width, DEFAULT_OPTIONS, stored.chain.cuts(width))
+    with np.errstate(over="ignore", invalid="ignore"):
+        for initialiser in draft.initialisers:
+            if not initialiser.is_finite(stored.chain.tensors):
+                raise ChainMismatch(
+                    f"{initialiser.name} of the student at {width} overflows once it is merged and its norm is folded"
+                )
 
 
 def _joined(pieces: Iterable[Piece]) -> Iterator[Piece]:

@@ -46,6 +46,9 @@ class Constant:
     def size_bytes(self) -> int:
         return self.values.nbytes
 
+    def is_finite(self, _: Mapping[str, Floats]) -> bool:
+        return bool(np.isfinite(self.values).all())
+
 
 @dataclass(frozen=True, eq=False)
 class Weight:
@@ -63,6 +66,11 @@ class Weight:
     @property
     def size_bytes(self) -> int:
         return FLOAT_BYTES * prod(self.shape)
+
+    def is_finite(self, tensors: Mapping[str, Floats]) -> bool:
+        """Whether every number is, once made; a slab in memory at a time."""
+        slabs = self.pieces(tensors, 0, self.size_bytes)
+        return all(bool(np.isfinite(np.frombuffer(slab, "<f4")).all()) for slab in slabs)
 
     def pieces(self, tensors: Mapping[str, Floats], start: int, stop: int) -> Iterator[memoryview]:
         """Bytes `start` to `stop` of the data, expanding only the rows that hold them."""

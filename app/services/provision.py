@@ -25,6 +25,7 @@ from chains.artifact import StoredChain
 from chains.budget import Candidate, Limits, widest_that_fits
 from chains.chain import WidthAccuracy
 from chains.cost import Costs
+from chains.errors import ChainsError
 from chains.onnxfile import EmitOptions, OnnxPlan, plan
 from chains.width import Width
 
@@ -95,14 +96,16 @@ class Provision:
         return found
 
     def rebuild(self, recorded: ModelRow) -> Model:
-        """The model of a stored recipe. Raises `NotReproducible` when this version writes other bytes for it."""
+        """The model of a stored recipe. Raises `NotReproducible` when this version has other bytes for it, or none."""
         stored = self._registry.load(str(recorded.recipe["chain_digest"]))
-        width, options = Width.parse(recorded.width), _options(recorded.recipe)
-        made = plan(stored, width, options)
+        gone = f"model {recorded.id[:12]}… was written by another version of the emitter; ask POST /models again"
+        try:
+            width, options = Width.parse(recorded.width), _options(recorded.recipe)
+            made = plan(stored, width, options)
+        except ChainsError as error:
+            raise NotReproducible(gone) from error
         if made.model_id != recorded.id:
-            raise NotReproducible(
-                f"model {recorded.id[:12]}… was written by another version of the emitter; ask POST /models again"
-            )
+            raise NotReproducible(gone)
         return Model(stored, width, options, made, recorded.artifact_sha256)
 
     def stream(self, model: Model, start: int = 0, stop: int | None = None) -> Iterator[bytes | memoryview]:

@@ -22,7 +22,7 @@ from app.storage.port import CHUNK_BYTES, ObjectStore, content_key, read_verifie
 from chains import artifact
 from chains.artifact import StoredChain
 from chains.chain import Chain, Frontier
-from chains.onnxfile import EmitOptions, plan
+from chains.onnxfile import EmitOptions, plan, require_finite
 from chains.width import Width
 
 STABLE = "stable"
@@ -156,7 +156,7 @@ def _row(stored: StoredChain) -> ChainRow:
 
 
 def _width_row(stored: StoredChain, width: Width, position: int) -> WidthRow:
-    stored.chain.require_calibrated(width)
+    require_finite(stored, width)
     costs = plan(stored, width, EmitOptions()).costs
     return WidthRow(
         position=position,

@@ -62,8 +62,10 @@ class LocalStore:
     def list(self, prefix: str = "") -> Iterator[str]:
         if not self._root.is_dir():
             raise StorageUnavailable(f"the storage folder {self._root} is not there")
+        folder = prefix.rpartition("/")[0]
+        top = self._path(folder) if folder else self._root  # a prefix inside one folder need not walk the others
         with _storage_errors():
-            files = (Path(folder) / name for folder, _, names in os.walk(self._root) for name in names)
+            files = (Path(folder) / name for folder, _, names in os.walk(top) for name in names)
             keys = sorted(file.relative_to(self._root).as_posix() for file in files if not file.name.startswith("."))
         return (key for key in keys if key.startswith(prefix))
 

@@ -6,6 +6,7 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
 
+import numpy as np
 import pytest
 from fastapi import FastAPI
 
@@ -19,7 +20,7 @@ from app.services.registry import Registry
 from app.settings import Settings
 from chains import artifact
 from chains.artifact import StoredChain
-from chains.errors import ChainFileError, NotCalibrated
+from chains.errors import ChainFileError, ChainMismatch, NotCalibrated
 from chains.onnxfile import EmitOptions, write
 from chains.testing import pico_chain
 from chains.width import Width
@@ -76,6 +77,15 @@ def test_a_chain_with_an_uncalibrated_width_is_not_published(registry: Registry)
         registry.publish(artifact.dump(incomplete))
     with pytest.raises(UnknownChain):
         registry.find("hasty")
+
+
+def test_weights_that_overflow_once_they_are_merged_are_not_published(registry: Registry) -> None:
+    """Every number of the file is finite, but two columns of it sum to infinity."""
+    chain = pico_chain(name="huge")
+    name = "layer4.1.conv2.weight"
+    huge = replace(chain, tensors={**chain.tensors, name: np.full_like(chain.tensors[name], 3e38)})
+    with pytest.raises(ChainMismatch, match=r"layer4\.1\.conv2\.weight of the student at 2x2-4-8 overflows"):
+        registry.publish(artifact.dump(huge))
 
 
 def test_a_broken_file_is_not_published(registry: Registry, chain_file: bytes) -> None:
