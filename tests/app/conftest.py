@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import pwd
 import shutil
 import socket
 import subprocess
@@ -14,7 +15,7 @@ import uuid
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import NoReturn
+from typing import Any, NoReturn
 
 import pytest
 from fastapi import FastAPI
@@ -137,16 +138,17 @@ def throw_away_postgres() -> Iterator[int]:
     """A server from the installed binaries. It refuses to run as root, so root runs it as `nobody`."""
     initdb, postgres = postgres_program("initdb"), postgres_program("postgres")
     port, home = free_port(), Path(tempfile.mkdtemp(prefix="widthwise-postgres-"))  # pytest's folders are root's alone
-    as_user: list[str] = []
+    as_user: dict[str, Any] = {}
     if os.geteuid() == 0:
-        shutil.chown(home, "nobody", "nogroup")
-        as_user = ["setpriv", "--reuid=nobody", "--regid=nogroup", "--clear-groups"]
+        nobody = pwd.getpwnam("nobody")
+        os.chown(home, nobody.pw_uid, nobody.pw_gid)
+        as_user = {"user": nobody.pw_uid, "group": nobody.pw_gid, "extra_groups": []}
     data = str(home / "data")
-    make = [*as_user, initdb, "-D", data, "-U", "widthwise", "-A", "trust", "-E", "UTF8", "--no-sync"]
-    serve = [*as_user, postgres, "-D", data, "-p", str(port), "-c", "listen_addresses=127.0.0.1", "-c", "fsync=off"]
+    make = [initdb, "-D", data, "-U", "widthwise", "-A", "trust", "-E", "UTF8", "--no-sync"]
+    serve = [postgres, "-D", data, "-p", str(port), "-c", "listen_addresses=127.0.0.1", "-c", "fsync=off"]
     try:
-        subprocess.run(make, check=True, capture_output=True, cwd=home)
-        with running([*serve, "-c", f"unix_socket_directories={home}"], lambda: accepts(port), cwd=home):
+        subprocess.run(make, check=True, capture_output=True, cwd=home, **as_user)
+        with running([*serve, "-c", f"unix_socket_directories={home}"], lambda: accepts(port), cwd=home, **as_user):
             yield port
     finally:
         shutil.rmtree(home, ignore_errors=True)
@@ -175,10 +177,11 @@ def lacking(program: str) -> NoReturn:
 
 @contextmanager
 def running(
-    command: list[str], is_up: Callable[[], bool], cwd: Path | None = None
+    command: list[str], is_up: Callable[[], bool], cwd: Path | None = None, **as_user: Any
 ) -> Iterator[subprocess.Popen[bytes]]:
-    """A process of ours, from when it is up until the end of the block."""
-    with subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, cwd=cwd) as process:
+    """A process of ours, from when it is up until the end of the block; `as_user`: user, group, extra_groups."""
+    quiet = subprocess.DEVNULL
+    with subprocess.Popen(command, stdout=quiet, stderr=quiet, cwd=cwd, **as_user) as process:
         try:
             deadline = time.monotonic() + START_TIMEOUT_S
             while not is_up():
