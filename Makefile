@@ -1,6 +1,6 @@
 # The commands of this project. Everything is installed into .venv and nowhere else; a second call is quick.
 PYTHON ?= python3
-PORT ?= 8000
+PORT ?= $(or $(WIDTHWISE_PORT),8000)
 WIDTHWISE_DATA_DIR ?= ./var
 PYTEST_ARGS ?= -n 2
 

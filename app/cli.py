@@ -38,10 +38,15 @@ def main() -> None:
     try:
         cli()
     except ValidationError as error:
-        reasons = "; ".join(str(mistake["msg"]).removeprefix("Value error, ") for mistake in error.errors())
-        sys.exit(f"widthwise: {reasons}")
+        sys.exit(f"widthwise: {'; '.join(_reason(mistake['loc'], str(mistake['msg'])) for mistake in error.errors())}")
     except (AppError, ChainsError, DemoFailed) as error:
         sys.exit(f"widthwise: {error}")
+
+
+def _reason(where: tuple[int | str, ...], message: str) -> str:
+    """What is wrong with a setting, by the name it is set with; rules about several settings name them themselves."""
+    text = message.removeprefix("Value error, ")
+    return f"WIDTHWISE_{str(where[0]).upper().removeprefix('WIDTHWISE_')}: {text}" if where else text
 
 
 @cli.callback()

@@ -1,6 +1,6 @@
 """Does width pay on the synthetic people? The same network at three widths, each trained alone, several seeds.
 
-python -m benchmarks.capacity --steps 3000 --seeds 0 1 2
+python -m benchmarks.capacity --steps 3750 --seeds 0 1 2
 """
 
 from __future__ import annotations

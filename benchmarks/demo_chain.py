@@ -1,6 +1,6 @@
 """Makes the demo chain that ships with the package: trains a teacher, refines, calibrates, measures, saves.
 
-python -m benchmarks.demo_chain --teacher-steps 1500 --steps 3000 --seed 0
+python -m benchmarks.demo_chain --teacher-steps 1500 --steps 5000 --seed 0
 """
 
 from __future__ import annotations

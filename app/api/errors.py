@@ -177,7 +177,8 @@ def field_error(mistake: Mapping[str, Any]) -> dict[str, str]:
     kind, location = str(mistake["type"]), list(mistake["loc"])
     path = location[1:] if location[:1] == ["body"] else location
     pointer = "".join("/" + str(part)[:80].replace("~", "~0").replace("/", "~1") for part in path)
-    return {"pointer": pointer, "code": kind.replace("_", "-"), "message": str(mistake["msg"])}
+    message = "unknown field" if kind == "extra_forbidden" else str(mistake["msg"])
+    return {"pointer": pointer, "code": kind.replace("_", "-"), "message": message}
 
 
 def _allowed(request: Request) -> dict[str, str]:

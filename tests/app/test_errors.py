@@ -10,7 +10,7 @@ from fastapi import FastAPI
 from fastapi.testclient import TestClient
 from structlog.testing import capture_logs
 
-from app.api.errors import PRIVATE_DETAIL, TABLE, row_of
+from app.api.errors import PRIVATE_DETAIL, TABLE, field_error, row_of
 from app.errors import AppError, DatabaseUnavailable, ObjectCorrupt, StorageUnavailable
 from chains.errors import ChainsError
 
@@ -207,3 +207,8 @@ def test_not_ready_before_the_database_is_migrated(tmp_path: object) -> None:
         assert client.get("/health/live").status_code == 200
         answer = client.post("/models", json={"limits": {"max_macs": 1}})
         assert (answer.status_code, answer.json()["code"]) == (503, "database-unavailable")
+
+
+def test_a_misspelt_limit_is_called_an_unknown_field() -> None:
+    mistake = {"type": "extra_forbidden", "loc": ("body", "limits", "max_mac"), "msg": "Extra inputs are not permitted"}
+    assert field_error(mistake) == {"pointer": "/limits/max_mac", "code": "extra-forbidden", "message": "unknown field"}

@@ -6,6 +6,7 @@ import pytest
 from pydantic import ValidationError
 from sqlalchemy import text
 
+from app.cli import main
 from app.db.session import Database
 from app.settings import Settings, is_loopback
 
@@ -65,3 +66,10 @@ def test_the_embedded_database_lies_in_the_data_folder(tmp_path: Path, name: str
         session.execute(text("SELECT 1"))
     database.dispose()
     assert (tmp_path / name / "widthwise.db").is_file()
+
+
+def test_the_command_line_names_the_setting_that_is_wrong(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("WIDTHWISE_LOG_LEVEL", "loud")
+    monkeypatch.setattr("sys.argv", ["widthwise", "serve"])
+    with pytest.raises(SystemExit, match="WIDTHWISE_LOG_LEVEL: Input should be 'debug'"):
+        main()
