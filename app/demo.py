@@ -20,7 +20,7 @@ from numpy.typing import NDArray
 
 from chains.data.images import ImageSet
 from chains.data.synthetic import PeopleSettings, gallery_images, query_images
-from chains.ranking import Ranking, rank_gallery
+from chains.ranking import Ranking, rank_sets
 
 Floats = NDArray[np.float32]
 BATCH = 64
@@ -68,7 +68,7 @@ def run_demo(url: str) -> str:
     people = PeopleSettings(test_identities=TEST_IDENTITIES, height=image["height"], width=image["width"])
     queries, gallery = query_images(people), gallery_images(people)
     embedded = [embed(delivery, queries, gallery) for delivery in deliveries]
-    matrix = [[_rank(a.queries, b.gallery, queries, gallery) for b in embedded] for a in embedded]
+    matrix = [[rank_sets(a.queries, b.gallery, queries, gallery) for b in embedded] for a in embedded]
     return "\n".join(
         [
             f"Chain {frontier['chain']}: {len(queries)} queries, {len(gallery)} gallery images of synthetic people.\n",
@@ -127,10 +127,6 @@ def _run(session: Any, image: dict[str, Any], images: ImageSet) -> Floats:
         batch = np.ascontiguousarray(((pixels - mean) / std).transpose(0, 3, 1, 2))
         outputs.append(session.run(None, {"images": batch})[0])
     return np.concatenate(outputs)
-
-
-def _rank(embedded_queries: Floats, embedded_gallery: Floats, queries: ImageSet, gallery: ImageSet) -> Ranking:
-    return rank_gallery(embedded_queries, embedded_gallery, queries.pids, gallery.pids, queries.camids, gallery.camids)
 
 
 def _summary(deliveries: Sequence[Delivery], rankings: Sequence[Ranking]) -> list[list[str]]:

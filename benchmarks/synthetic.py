@@ -21,7 +21,7 @@ import numpy as np
 
 from chains.data.images import ImageSet
 from chains.data.synthetic import FIRST_TEST_PID, STATION, PeopleSettings, gallery_images, query_images, render
-from chains.ranking import Floats, Ranking, rank_gallery
+from chains.ranking import Floats, rank_sets
 
 OUT = Path(__file__).parent / "results" / "synthetic.csv"
 SHEET = Path(__file__).parents[1] / "docs" / "images" / "synthetic-people.png"
@@ -48,10 +48,6 @@ def colour_histograms(images: ImageSet) -> Floats:
     return np.sqrt(np.concatenate(counts, axis=1)).astype(np.float32)
 
 
-def ranking(queries: Floats, gallery: Floats, query: ImageSet, answers: ImageSet) -> Ranking:
-    return rank_gallery(queries, gallery, query.pids, answers.pids, query.camids, answers.camids)
-
-
 def images_per_second(settings: PeopleSettings, images: int = 2048) -> float:
     """Rendering rate of one core, by processor time, tables already built."""
     pids, camids = np.arange(images) % 1000 + 1, np.arange(images) % settings.cameras + 1
@@ -66,10 +62,10 @@ def rows() -> Iterator[tuple[str, str, float, str]]:
     for site, settings in SITES.items():
         query, gallery = query_images(settings), gallery_images(settings)
         yield site, "rendering", round(images_per_second(settings)), "images/s on one core"
-        chance = ranking(random_embeddings(query, 0), random_embeddings(gallery, 1), query, gallery)
+        chance = rank_sets(random_embeddings(query, 0), random_embeddings(gallery, 1), query, gallery)
         yield site, "random embeddings", round(chance.map, 2), "mAP %"
         yield site, "random embeddings", round(chance.rank(1), 2), "Rank-1 %"
-        colour = ranking(colour_histograms(query), colour_histograms(gallery), query, gallery)
+        colour = rank_sets(colour_histograms(query), colour_histograms(gallery), query, gallery)
         yield site, "colour histograms", round(colour.map, 2), "mAP %"
         yield site, "colour histograms", round(colour.rank(1), 2), "Rank-1 %"
 

@@ -110,9 +110,11 @@ class Chain:
     def lift(self, width: Width) -> Indices:
         """Teacher embedding channel, in the teacher's own order -> the student coordinate that stands for it: int64
         (embedding_dim,). `native[lift]` answers in the common space (oskt.md §4)."""
-        return lift_of(
-            self.partitions[self.table.embedding_group], self.table.groups[self.table.embedding_group].size(width)
-        )
+        group = self.table.groups[self.table.embedding_group]
+        partition = self.partitions[group.name]
+        lift = np.empty(len(partition.order), dtype=np.int64)
+        lift[partition.order] = partition.cut(group.size(width)).part_of()
+        return lift
 
     def require_calibrated(self, width: Width) -> Mapping[str, Floats]:
         """The normalisation statistics of `width`. Raises `NotCalibrated` when it has none."""
@@ -122,13 +124,6 @@ class Chain:
                 f"width {width} of chain '{self.name}' has no normalisation statistics; calibrated: {offered}"
             )
         return self.statistics[width]
-
-
-def lift_of(partition: Partition, size: int) -> Indices:
-    """As `Chain.lift`, for one group's partition."""
-    lift = np.empty(len(partition.order), dtype=np.int64)
-    lift[partition.order] = partition.cut(size).part_of()
-    return lift
 
 
 def _check_partitions(chain: Chain) -> None:

@@ -8,7 +8,7 @@ import torch
 from chains.chain import Chain, Floats, Frontier, InputSpec, WidthAccuracy
 from chains.data.images import ImageSet
 from chains.model import ReIDModel, load_student, normalise
-from chains.ranking import Ranking, rank_gallery
+from chains.ranking import Ranking, rank_sets
 from chains.width import Width
 
 BATCH = 256
@@ -26,14 +26,9 @@ def embed(model: ReIDModel, images: ImageSet, input: InputSpec) -> Floats:
     return torch.cat(embedded).numpy()
 
 
-def rank(queries: Floats, gallery: Floats, query_set: ImageSet, gallery_set: ImageSet) -> Ranking:
-    """Score query embeddings against gallery embeddings under the protocol of `chains.ranking`."""
-    return rank_gallery(queries, gallery, query_set.pids, gallery_set.pids, query_set.camids, gallery_set.camids)
-
-
 def evaluate_model(model: ReIDModel, query_set: ImageSet, gallery_set: ImageSet, input: InputSpec) -> Ranking:
     """Native-space accuracy of one model."""
-    return rank(embed(model, query_set, input), embed(model, gallery_set, input), query_set, gallery_set)
+    return rank_sets(embed(model, query_set, input), embed(model, gallery_set, input), query_set, gallery_set)
 
 
 def measure_frontier(chain: Chain, query_set: ImageSet, gallery_set: ImageSet, dataset: str, seed: int) -> Frontier:
@@ -43,7 +38,9 @@ def measure_frontier(chain: Chain, query_set: ImageSet, gallery_set: ImageSet, d
     on another processor gives the same file unless something really changed."""
     lifted = {width: _lifted(chain, width, query_set, gallery_set) for width in chain.ladder}
     rankings = {
-        (q, g): rank(lifted[q][0], lifted[g][1], query_set, gallery_set) for q in chain.ladder for g in chain.ladder
+        (q, g): rank_sets(lifted[q][0], lifted[g][1], query_set, gallery_set)
+        for q in chain.ladder
+        for g in chain.ladder
     }
     return Frontier(
         dataset=dataset,

@@ -13,6 +13,7 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
+from chains.data.images import ImageSet
 from chains.errors import DataError
 
 Floats = NDArray[np.float32]
@@ -87,6 +88,11 @@ def rank_gallery(
             "no query has a gallery image of the same identity from another camera; nothing can be measured"
         )
     return Ranking(np.array(precisions), np.array(firsts), len(queries) - len(precisions))
+
+
+def rank_sets(queries: Floats, gallery: Floats, query_set: ImageSet, gallery_set: ImageSet) -> Ranking:
+    """`rank_gallery` for embeddings of two image sets, whose identities and cameras it takes."""
+    return rank_gallery(queries, gallery, query_set.pids, gallery_set.pids, query_set.camids, gallery_set.camids)
 
 
 def average_precision(matches: NDArray[np.bool_]) -> float:

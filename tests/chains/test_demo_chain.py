@@ -12,7 +12,7 @@ from chains.artifact import StoredChain, dump, load
 from chains.data.images import ImageSet
 from chains.data.synthetic import PeopleSettings, gallery_images, query_images
 from chains.onnxfile import EmitOptions, write
-from chains.ranking import rank_gallery
+from chains.ranking import rank_sets
 from chains.width import Width, even_ladder
 
 PATH = Path(chains.__file__).parent / "demo" / "synthetic-r18.safetensors"
@@ -65,7 +65,5 @@ def test_served_models_measure_what_the_frontier_says(demo: StoredChain, people:
     indices = (0, len(ladder) // 2, len(ladder) - 1)
     embedded = {index: (embed(demo, ladder[index], queries), embed(demo, ladder[index], gallery)) for index in indices}
     for q, g in (*((i, i) for i in indices), (indices[0], indices[-1])):
-        ranking = rank_gallery(
-            embedded[q][0], embedded[g][1], queries.pids, gallery.pids, queries.camids, gallery.camids
-        )
+        ranking = rank_sets(embedded[q][0], embedded[g][1], queries, gallery)
         assert ranking.map == pytest.approx(frontier.cross_map[q][g], abs=0.5)
