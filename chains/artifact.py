@@ -3,6 +3,9 @@
 One key, because safetensors writes several in random order; canonical JSON and no clock, host or duration, so that
 saving a loaded chain gives the same bytes and the sha256 of the file names the chain. The format stands in
 `docs/reference/chain-file.md`. Nothing is ever unpickled: a file is refused unless every byte of it is accounted for.
+
+The surprise: a chain that version 1 can hold is still written as version 1, or a file of that version would not be
+written as its own bytes and chains that are out in the world would change their digests.
 """
 
 from __future__ import annotations
@@ -11,10 +14,10 @@ import hashlib
 import json
 import math
 import os
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Any, Literal, Self
+from typing import Annotated, Any, Generic, Literal, Self, TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
@@ -24,12 +27,22 @@ from safetensors.numpy import load as load_tensors
 from safetensors.numpy import save as save_tensors
 
 from chains.arch import architecture
-from chains.chain import STATISTICS, Chain, Frontier, InputSpec, WidthAccuracy
+from chains.chain import (
+    AFFINE,
+    FALSE_ACCEPT_RATES,
+    STATISTICS,
+    Chain,
+    Frontier,
+    InputSpec,
+    Threshold,
+    Thresholds,
+    WidthAccuracy,
+)
 from chains.cut import NestedTree, Partition, SharedClusters
 from chains.errors import ChainFileError, ChainsError
 from chains.width import Width
 
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2  # the latest; a chain is written in the first that can hold it
 METADATA_KEY = "widthwise"
 MAX_HEADER_BYTES = 16 * 1024 * 1024
 
@@ -110,25 +123,65 @@ class _Accuracy(_Strict):
     rank10: Percent
 
 
-class _Frontier(_Strict):
+class _AccuracyAndMinp(_Accuracy):
+    minp: Percent
+
+
+Measured = TypeVar("Measured", bound=_Accuracy)
+
+
+class _Frontier(_Strict, Generic[Measured]):
     dataset: str
     protocol: str
     seed: int
     queries: int = Field(ge=1)
     gallery: int = Field(ge=1)
     trained_after_expansion: bool
-    widths: list[_Accuracy]
+    widths: list[Measured]
     cross_map: list[list[Percent]]
 
     @model_validator(mode="after")
     def _require_square(self) -> Self:
-        count = len(self.widths)
-        if len(self.cross_map) != count or any(len(row) != count for row in self.cross_map):
-            raise ValueError(f"the cross-width matrix must be {count} × {count}, a row per measured width")
+        _require_matrix("the cross-width matrix", self.cross_map, len(self.widths))
         return self
 
 
-class _Header(_Strict):
+class _Thresholds(_Strict):
+    """Cut-offs at one rate; both matrices are null in the same places."""
+
+    false_accept_rate: float
+    cosine: list[list[Annotated[float, Field(ge=-1, le=1)] | None]]
+    true_accept: list[list[Percent | None]]
+
+
+class _FrontierWithThresholds(_Frontier[_AccuracyAndMinp]):
+    thresholds: list[_Thresholds]
+
+    @model_validator(mode="after")
+    def _require_rates(self) -> Self:
+        if tuple(found.false_accept_rate for found in self.thresholds) != FALSE_ACCEPT_RATES:
+            raise ValueError(f"there must be thresholds at the false-accept rates {FALSE_ACCEPT_RATES}, in this order")
+        for found in self.thresholds:
+            _require_matrix("cosine", found.cosine, len(self.widths))
+            _require_matrix("true_accept", found.true_accept, len(self.widths))
+            if _nulls(found.cosine) != _nulls(found.true_accept):
+                raise ValueError("cosine and true_accept must be null in the same places")
+        return self
+
+
+def _require_matrix(what: str, matrix: Sequence[Sequence[float | None]], count: int) -> None:
+    if len(matrix) != count or any(len(row) != count for row in matrix):
+        raise ValueError(f"{what} must be {count} × {count}, a row per measured width")
+
+
+def _nulls(matrix: Sequence[Sequence[float | None]]) -> list[list[bool]]:
+    return [[value is None for value in row] for row in matrix]
+
+
+OfVersion = TypeVar("OfVersion", bound=_Frontier[_Accuracy] | _FrontierWithThresholds | None)
+
+
+class _Header(_Strict, Generic[OfVersion]):
     format_version: int
     name: str = Field(pattern=r"^[a-z0-9][a-z0-9._-]{0,62}$")
     architecture: str
@@ -138,16 +191,24 @@ class _Header(_Strict):
     input: _Input
     embedding_space: str = Field(pattern=r"^[a-z0-9][a-z0-9-]{0,63}$")
     license: str = Field(min_length=1, max_length=200)
-    frontier: _Frontier | None
+    frontier: OfVersion
     provenance: dict[str, JsonValue]
+
+
+AnyHeader = _Header[_Frontier[_Accuracy] | None] | _Header[_FrontierWithThresholds | None]
+HEADERS: Mapping[int, type[AnyHeader]] = {
+    1: _Header[_Frontier[_Accuracy] | None],
+    2: _Header[_FrontierWithThresholds | None],
+}
 
 
 def _header_text(chain: Chain) -> str:
     """The header of `chain`'s file, read back as `load` will: what cannot be loaded again must not be stored."""
-    if stray := chain.statistics.keys() - set(chain.ladder):
-        raise ChainFileError(
-            f"chain '{chain.name[:64]}' has statistics of {min(stray)}, which is not on its ladder and would be lost"
-        )
+    for what, of_widths in (("statistics", chain.statistics), ("norms", chain.own_norms)):
+        if stray := of_widths.keys() - set(chain.ladder):
+            raise ChainFileError(
+                f"chain '{chain.name[:64]}' has {what} of {min(stray)}, which is not on its ladder and would be lost"
+            )
     try:
         text = canonical_json(_header(chain))
         _read_header(text)
@@ -156,9 +217,19 @@ def _header_text(chain: Chain) -> str:
     return text
 
 
+def _version(chain: Chain) -> int:
+    """The first version that can hold `chain`."""
+    frontier = chain.frontier
+    if chain.own_norms:
+        return 2
+    is_first = frontier is None or not (frontier.thresholds or any(w.minp is not None for w in frontier.widths))
+    return 1 if is_first else 2
+
+
 def _header(chain: Chain) -> dict[str, Any]:
+    version = _version(chain)
     return {
-        "format_version": FORMAT_VERSION,
+        "format_version": version,
         "name": chain.name,
         "architecture": chain.architecture,
         "mode": chain.mode,
@@ -172,34 +243,48 @@ def _header(chain: Chain) -> dict[str, Any]:
         },
         "embedding_space": chain.embedding_space,
         "license": chain.license,
-        "frontier": None if chain.frontier is None else _frontier_json(chain.frontier),
+        "frontier": None if chain.frontier is None else _frontier_json(chain.frontier, version),
         "provenance": dict(chain.provenance),
     }
 
 
-def _frontier_json(frontier: Frontier) -> dict[str, Any]:
-    return {
+def _frontier_json(frontier: Frontier, version: int) -> dict[str, Any]:
+    metrics = ("map", "rank1", "rank5", "rank10", *(("minp",) if version > 1 else ()))
+    written = {
         **{name: getattr(frontier, name) for name in ("dataset", "protocol", "seed", "queries", "gallery")},
         "trained_after_expansion": frontier.trained_after_expansion,
         "widths": [
             {
                 "width": str(measured.width),
-                "map": float(measured.map),
                 "map_ci95": _floats(measured.map_ci95),
-                **{f"rank{rank}": float(getattr(measured, f"rank{rank}")) for rank in (1, 5, 10)},
+                **{name: _float(getattr(measured, name)) for name in metrics},
             }
             for measured in frontier.widths
         ],
         "cross_map": [_floats(row) for row in frontier.cross_map],
     }
+    return written | ({"thresholds": [_thresholds_json(found) for found in frontier.thresholds]} if version > 1 else {})
 
 
-def _floats(values: Iterable[float]) -> list[float]:
-    """As they will be read: `0` and `0.0` are one value to Python and two in a file that is named by its digest."""
-    return [float(value) for value in values]
+def _thresholds_json(thresholds: Thresholds) -> dict[str, Any]:
+    return {
+        "false_accept_rate": float(thresholds.false_accept_rate),
+        "cosine": [[found and _float(found.cosine) for found in row] for row in thresholds.matrix],
+        "true_accept": [[found and _float(found.true_accept) for found in row] for row in thresholds.matrix],
+    }
 
 
-# --- the tensors: weight/<tensor>, group/<group>/order|splits|sizes, statistics/<width>/<norm>.running_mean|var
+def _float(value: float | None) -> float | None:
+    """As it will be read: `0` and `0.0` are one value to Python and two in a file that is named by its digest."""
+    return None if value is None else float(value)
+
+
+def _floats(values: Iterable[float]) -> list[float | None]:
+    return [_float(value) for value in values]
+
+
+# --- the tensors: weight/<tensor>, group/<group>/order|splits|sizes, statistics/<width>/<norm>.running_mean|var,
+#     norms/<width>/<norm>.weight|bias
 
 
 def _file_tensors(chain: Chain) -> dict[str, NDArray[Any]]:
@@ -210,6 +295,8 @@ def _file_tensors(chain: Chain) -> dict[str, NDArray[Any]]:
         tensors[f"group/{group}/{family}"] = values.astype(np.int32)
     for width, statistics in chain.statistics.items():
         tensors |= {f"statistics/{width}/{name}": values for name, values in statistics.items()}
+    for width, norms in chain.own_norms.items():
+        tensors |= {f"norms/{width}/{name}": values for name, values in norms.items()}
     return {name: np.ascontiguousarray(tensor) for name, tensor in tensors.items()}
 
 
@@ -217,7 +304,7 @@ def _family_of(partition: Partition) -> tuple[str, NDArray[np.int64]]:
     return ("splits", partition.splits) if isinstance(partition, NestedTree) else ("sizes", partition.sizes)
 
 
-def _parse(data: bytes) -> tuple[_Header, dict[str, NDArray[Any]]]:
+def _parse(data: bytes) -> tuple[AnyHeader, dict[str, NDArray[Any]]]:
     if _is_pickle(data):
         raise ChainFileError(
             "this is a pickle or a torch checkpoint, which can run code when read; a chain is a safetensors file"
@@ -236,10 +323,9 @@ def _is_pickle(data: bytes) -> bool:
     return data.startswith(b"PK\x03\x04") or (data.startswith(b"\x80") and data[8:9] != b"{")
 
 
-def _read_header(text: str) -> _Header:
+def _read_header(text: str) -> AnyHeader:
     ours = _json_object(text)
-    _require_version(ours.get("format_version"))
-    header = _Header.model_validate(ours)
+    header = _fields_of(ours.get("format_version")).model_validate(ours)
     try:
         canonical_json(header.provenance).encode()
     except UnicodeEncodeError as error:
@@ -257,12 +343,13 @@ def _read_tensors(data: bytes) -> dict[str, NDArray[Any]]:
     return tensors
 
 
-def _require_version(version: object) -> None:
-    """Before anything else is looked at: a later version may mean other fields."""
-    if version != FORMAT_VERSION:
-        raise ChainFileError(
-            f"format version {str(version)[:20]} is not {FORMAT_VERSION}, the one this release reads; upgrade Widthwise"
-        )
+def _fields_of(version: object) -> type[AnyHeader]:
+    """Before anything else is looked at: another version means other fields."""
+    if isinstance(version, int) and not isinstance(version, bool) and version in HEADERS:
+        return HEADERS[version]
+    raise ChainFileError(
+        f"format version {str(version)[:20]} is not one this release reads, 1 to {FORMAT_VERSION}; upgrade Widthwise"
+    )
 
 
 def _metadata(data: bytes) -> dict[str, Any]:
@@ -297,20 +384,20 @@ def _finite(number: str) -> float:
     return value
 
 
-def _build(header: _Header, tensors: dict[str, NDArray[Any]]) -> Chain:
+def _build(header: AnyHeader, tensors: dict[str, NDArray[Any]]) -> Chain:
     table = architecture(header.architecture)
     ladder = tuple(_canonical_width(text) for text in header.ladder)
     left = dict(tensors)
     weights = {name: _take(left, f"weight/{name}", np.float32) for name in table.axes}
     partitions = {group: _partition(left, group, header.mode) for group in table.groups}
-    calibrated = {name.split("/")[1] for name in left if name.startswith("statistics/")}
     norms = tuple(table.norms)
-    statistics = {width: _statistics(left, width, norms) for width in ladder if str(width) in calibrated}
+    statistics = _per_width(left, "statistics", ladder, norms, STATISTICS)
+    own_norms = _per_width(left, "norms", ladder, norms, AFFINE)
     if left:
         raise ChainFileError(
             f"the file holds {len(left)} tensors that no part of a chain claims, such as '{min(left)[:80]}'"
         )
-    return Chain(
+    chain = Chain(
         name=header.name,
         architecture=header.architecture,
         mode=header.mode,
@@ -322,9 +409,15 @@ def _build(header: _Header, tensors: dict[str, NDArray[Any]]) -> Chain:
         tensors=weights,
         partitions=partitions,
         statistics=statistics,
+        own_norms=own_norms,
         frontier=None if header.frontier is None else _frontier(header.frontier),
         provenance=header.provenance,
     )
+    if header.format_version != _version(chain):
+        raise ChainFileError(
+            f"the file says format version {header.format_version}; what it holds is written in {_version(chain)}"
+        )
+    return chain
 
 
 def _take(left: dict[str, NDArray[Any]], name: str, dtype: type[np.generic]) -> NDArray[Any]:
@@ -343,16 +436,24 @@ def _partition(left: dict[str, NDArray[Any]], group: str, mode: str) -> Partitio
     return NestedTree(order, values) if mode == "nested" else SharedClusters(order, values)
 
 
-def _statistics(left: dict[str, NDArray[Any]], width: Width, norms: tuple[str, ...]) -> dict[str, NDArray[np.float32]]:
-    names = [f"{norm}.{kind}" for norm in norms for kind in STATISTICS]
-    return {name: _take(left, f"statistics/{width}/{name}", np.float32) for name in names}
+def _per_width(
+    left: dict[str, NDArray[Any]],
+    folder: str,
+    ladder: tuple[Width, ...],
+    norms: tuple[str, ...],
+    kinds: tuple[str, str],
+) -> dict[Width, dict[str, NDArray[np.float32]]]:
+    """width -> both `kinds` of every norm, for the widths that have any in `folder`."""
+    present = {name.split("/")[1] for name in left if name.startswith(f"{folder}/")}
+    names = [f"{norm}.{kind}" for norm in norms for kind in kinds]
+    return {
+        width: {name: _take(left, f"{folder}/{width}/{name}", np.float32) for name in names}
+        for width in ladder
+        if str(width) in present
+    }
 
 
-def _frontier(header: _Frontier) -> Frontier:
-    measured = tuple(
-        WidthAccuracy(_canonical_width(w.width), w.map, (w.map_ci95[0], w.map_ci95[1]), w.rank1, w.rank5, w.rank10)
-        for w in header.widths
-    )
+def _frontier(header: _Frontier[_Accuracy] | _FrontierWithThresholds) -> Frontier:
     return Frontier(
         dataset=header.dataset,
         protocol=header.protocol,
@@ -360,8 +461,34 @@ def _frontier(header: _Frontier) -> Frontier:
         queries=header.queries,
         gallery=header.gallery,
         trained_after_expansion=header.trained_after_expansion,
-        widths=measured,
+        widths=tuple(_accuracy(measured) for measured in header.widths),
         cross_map=tuple(tuple(row) for row in header.cross_map),
+        thresholds=_thresholds(header.thresholds) if isinstance(header, _FrontierWithThresholds) else (),
+    )
+
+
+def _accuracy(measured: _Accuracy) -> WidthAccuracy:
+    return WidthAccuracy(
+        width=_canonical_width(measured.width),
+        map=measured.map,
+        map_ci95=(measured.map_ci95[0], measured.map_ci95[1]),
+        rank1=measured.rank1,
+        rank5=measured.rank5,
+        rank10=measured.rank10,
+        minp=measured.minp if isinstance(measured, _AccuracyAndMinp) else None,
+    )
+
+
+def _thresholds(found: list[_Thresholds]) -> tuple[Thresholds, ...]:
+    return tuple(
+        Thresholds(
+            at_rate.false_accept_rate,
+            tuple(
+                tuple(None if c is None or t is None else Threshold(c, t) for c, t in zip(*rows, strict=True))
+                for rows in zip(at_rate.cosine, at_rate.true_accept, strict=True)
+            ),
+        )
+        for at_rate in found
     )
 
 

@@ -12,40 +12,38 @@ import numpy as np
 import torch
 from torch import nn
 
-from chains.chain import STATISTICS, Chain, Floats
-from chains.data.images import ImageSet
+from chains.chain import STATISTICS, Chain, Floats, InputSpec
+from chains.data.images import Images
 from chains.errors import DataError
-from chains.expand import expand
+from chains.expand import student_weights
 from chains.model import ReIDModel, model_of, module_name, normalise
 from chains.width import Width
 
 BATCH = 256
 
 
-def calibrate(chain: Chain, images: ImageSet) -> Chain:
+def calibrate(chain: Chain, images: Images) -> Chain:
     """`chain` with statistics for its whole ladder, averaged over whole batches of 256 of `images`; the rest is left
     out. No labels are used, and a few hundred images suffice. Raises `DataError` with fewer than one
     batch: variances of the neck would be noise."""
     if len(images) < BATCH:
         raise DataError(f"{len(images)} images are too few to calibrate with; give at least {BATCH}")
     statistics = {width: measure_statistics(chain, width, images) for width in chain.ladder}
-    return replace(
-        chain, statistics=statistics, frontier=None
-    )  # a frontier holds for the statistics it was measured with
+    # a frontier holds for the statistics it was measured with
+    return replace(chain, statistics=statistics, frontier=None)
 
 
-def measure_statistics(chain: Chain, width: Width, images: ImageSet) -> dict[str, Floats]:
+def measure_statistics(chain: Chain, width: Width, images: Images) -> dict[str, Floats]:
     """`<norm>.running_mean` and `.running_var` of the student at `width`: float32 (channels,)."""
-    student = expand(chain.tensors, chain.table.axes, chain.cuts(width))
-    model = model_of(chain.architecture, width, student)
-    recalibrate(model, images, chain)
+    model = model_of(chain.architecture, width, student_weights(chain, width))
+    recalibrate(model, images, chain.input)
     state = model.state_dict()
     names = (f"{norm}.{kind}" for norm in chain.table.norms for kind in STATISTICS)
     return {name: state[module_name(name)].numpy().astype(np.float32, copy=True) for name in names}
 
 
 @torch.no_grad()
-def recalibrate(model: ReIDModel, images: ImageSet, chain: Chain) -> None:
+def recalibrate(model: ReIDModel, images: Images, input: InputSpec) -> None:
     """Replace the running statistics of `model`, in place, by their cumulative mean over batches of `images`."""
     norms = [module for module in model.modules() if isinstance(module, nn.BatchNorm1d | nn.BatchNorm2d)]
     for norm in norms:
@@ -53,5 +51,5 @@ def recalibrate(model: ReIDModel, images: ImageSet, chain: Chain) -> None:
         norm.momentum = None  # torch's way to say: cumulative average
     model.train()
     for start in range(0, len(images) - BATCH + 1, BATCH):
-        model(normalise(images.images[start : start + BATCH], chain.input))
+        model(normalise(images.pixels(np.arange(start, start + BATCH)), input))
     model.eval()

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
@@ -17,6 +17,7 @@ from chains.width import Width
 Mode = Literal["nested", "oskt"]
 Floats = NDArray[np.float32]
 FAMILIES: Mapping[Mode, type[Partition]] = {"nested": NestedTree, "oskt": SharedClusters}
+FALSE_ACCEPT_RATES = (1e-2, 1e-3)  # of the cut-offs that a frontier holds
 
 
 @dataclass(frozen=True)
@@ -31,7 +32,8 @@ class InputSpec:
 
 @dataclass(frozen=True)
 class WidthAccuracy:
-    """Measured retrieval accuracy of one width, in percent. `map_ci95`: bootstrap interval over queries."""
+    """Measured retrieval accuracy of one width, in percent. `map_ci95`: bootstrap interval over queries. `minp` is
+    `None` in frontiers that were measured before there was one."""
 
     width: Width
     map: float
@@ -39,12 +41,40 @@ class WidthAccuracy:
     rank1: float
     rank5: float
     rank10: float
+    minp: float | None = None
+
+
+@dataclass(frozen=True)
+class Threshold:
+    """Same person or not: two embeddings count as one person when their cosine is at least `cosine`. `true_accept`:
+    percent of the pairs of one identity from different cameras that do."""
+
+    cosine: float
+    true_accept: float
+
+
+@dataclass(frozen=True)
+class Thresholds:
+    """Cut-offs at one false-accept rate: of the pairs of different identities, at most this share counts as one person.
+
+    `matrix[q][g]`: for a query embedded at the q-th width and a gallery embedded at the g-th, in the common space;
+    `None` where the images were too few to tell, or no cosine keeps the rate.
+    """
+
+    false_accept_rate: float
+    matrix: tuple[tuple[Threshold | None, ...], ...]
+
+    @property
+    def rate_name(self) -> str:
+        """`1e-2` for one in a hundred."""
+        return f"{self.false_accept_rate:.0e}".replace("e-0", "e-")
 
 
 @dataclass(frozen=True)
 class Frontier:
     """Accuracy per width and how it was measured. `cross_map[q][g]`: mAP in percent of queries embedded at the q-th
-    width against a gallery embedded at the g-th, in the common space."""
+    width against a gallery embedded at the g-th, in the common space. `thresholds`: one per rate of
+    `FALSE_ACCEPT_RATES`; empty in frontiers that were measured before there were any."""
 
     dataset: str
     protocol: str
@@ -54,9 +84,20 @@ class Frontier:
     trained_after_expansion: bool
     widths: tuple[WidthAccuracy, ...]
     cross_map: tuple[tuple[float, ...], ...]
+    thresholds: tuple[Thresholds, ...] = ()
 
     def of(self, width: Width) -> WidthAccuracy | None:
         return next((measured for measured in self.widths if measured.width == width), None)
+
+    def thresholds_of(self, query: Width) -> Iterator[tuple[Thresholds, Width, Threshold]]:
+        """(of which rate, gallery width, cut-off) for queries embedded at `query`: those that are known."""
+        ladder = [measured.width for measured in self.widths]
+        if query not in ladder:
+            return
+        for at_rate in self.thresholds:
+            for gallery, threshold in zip(ladder, at_rate.matrix[ladder.index(query)], strict=True):
+                if threshold is not None:
+                    yield at_rate, gallery, threshold
 
 
 @dataclass(frozen=True, eq=False)
@@ -66,6 +107,8 @@ class Chain:
     tensors: tensor name -> float32, rows and columns in the leaf order of their group.
     partitions: group -> the family of its cuts.
     ladder: the widths on offer, narrow to wide. statistics: width -> `<norm>.running_mean` / `.running_var` -> float32.
+    own_norms: width -> `<norm>.weight` / `.bias` -> float32, for rungs that keep normalisation weights of their own in
+        place of the merged ones; statistics are per width anyway, so they cost a student nothing.
     embedding_space: id of the space that embeddings of every width share; it changes with every training.
     provenance: how the chain came to be, as JSON values; no clock, host or duration, so that the same run gives the
     same file. Raises `ChainMismatch` when tensors, partitions or statistics do not fit the architecture or the mode,
@@ -83,6 +126,7 @@ class Chain:
     tensors: Mapping[str, Floats]
     partitions: Mapping[str, Partition]
     statistics: Mapping[Width, Mapping[str, Floats]] = field(default_factory=dict)
+    own_norms: Mapping[Width, Mapping[str, Floats]] = field(default_factory=dict)
     frontier: Frontier | None = None
     provenance: Mapping[str, Any] = field(default_factory=dict)
 
@@ -91,7 +135,9 @@ class Chain:
         _check_tensors(self)
         _check_ladder(self)
         for width, statistics in self.statistics.items():
-            _check_statistics(self, width, statistics)
+            _check_vectors(self, width, statistics, "statistics", STATISTICS)
+        for width, norms in self.own_norms.items():
+            _check_vectors(self, width, norms, "own norms", AFFINE)
 
     @property
     def table(self) -> Architecture:
@@ -175,16 +221,17 @@ def _require_cuttable(chain: Chain, width: Width) -> None:
             )
 
 
-def _check_statistics(chain: Chain, width: Width, statistics: Mapping[str, Floats]) -> None:
+def _check_vectors(
+    chain: Chain, width: Width, vectors: Mapping[str, Floats], what: str, kinds: tuple[str, str]
+) -> None:
+    """Raise `ChainMismatch` unless `vectors` are both `kinds` of every normalisation layer at `width`."""
     sizes = chain.table.group_sizes(width)
-    expected = {f"{norm}.{kind}": sizes[group] for norm, group in chain.table.norms.items() for kind in STATISTICS}
-    if statistics.keys() != expected.keys():
-        raise ChainMismatch(
-            f"width {width}: statistics {sorted(statistics.keys() ^ expected.keys())[:4]} do not belong"
-        )
+    expected = {f"{norm}.{kind}": sizes[group] for norm, group in chain.table.norms.items() for kind in kinds}
+    if vectors.keys() != expected.keys():
+        raise ChainMismatch(f"width {width}: {what} {sorted(vectors.keys() ^ expected.keys())[:4]} do not belong")
     for name, size in expected.items():
-        _require_array(f"{name} at {width}", statistics[name], (size,))
-        if name.endswith("running_var") and bool((statistics[name] < 0).any()):
+        _require_array(f"{name} at {width}", vectors[name], (size,))
+        if name.endswith("running_var") and bool((vectors[name] < 0).any()):
             raise ChainMismatch(f"{name} at {width} has a negative variance")
 
 
@@ -196,3 +243,4 @@ def _require_array(name: str, array: Floats, shape: tuple[int, ...]) -> None:
 
 
 STATISTICS = ("running_mean", "running_var")
+AFFINE = ("weight", "bias")

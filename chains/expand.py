@@ -80,11 +80,28 @@ def sum_runs(tensor: Array, runs: Runs, axis: int) -> Array:
         return tensor[(*lead, slice(int(runs.starts[0]), int(runs.stops[-1])))]
     if runs.is_single:
         return _take(tensor, runs.starts, axis)
+    if not isinstance(tensor, np.ndarray):
+        return _add_runs(tensor, runs, axis)
     total = _take(tensor, runs.heads, axis)
     for positions in runs.tails:
         longer = total[(*lead, slice(len(positions)))]
         longer += _take(tensor, positions, axis)
     return _take(total, runs.rank, axis)
+
+
+def _add_runs(tensor: torch.Tensor, runs: Runs, axis: int) -> torch.Tensor:
+    """`sum_runs` in one differentiable call, an order of magnitude faster with gradients than step by step. On a CPU it
+    adds left to right as well; a GPU picks its own order."""
+    first, last = int(runs.starts[0]), int(runs.stops[-1])
+    if bool((runs.starts[1:] == runs.stops[:-1]).all()):
+        source = tensor[:, first:last] if axis else tensor[first:last]
+    else:
+        source = _take(
+            tensor, np.concatenate([np.arange(*run) for run in zip(runs.starts, runs.stops, strict=True)]), axis
+        )
+    run_of = source.new_empty(0).long().new_tensor(np.repeat(np.arange(len(runs)), runs.sizes))
+    shape = (*source.shape[:axis], len(runs), *source.shape[axis + 1 :])
+    return source.new_zeros(shape).index_add(axis, run_of, source)
 
 
 def _take(tensor: Array, positions: Indices, axis: int) -> Array:
@@ -110,4 +127,9 @@ def student(chain: Chain, width: Width) -> dict[str, NDArray[np.float32]]:
     """The student of `chain` at `width`: expanded tensors and, under `<norm>.running_mean` and `.running_var`, its
     calibrated statistics. Raises `NotCalibrated` when the width has none."""
     statistics = chain.require_calibrated(width)
-    return {**expand(chain.tensors, chain.table.axes, chain.cuts(width)), **statistics}
+    return {**student_weights(chain, width), **statistics}
+
+
+def student_weights(chain: Chain, width: Width) -> dict[str, NDArray[np.float32]]:
+    """The expanded tensors of the student at `width`, with the norms of its own where the chain has them."""
+    return {**expand(chain.tensors, chain.table.axes, chain.cuts(width)), **chain.own_norms.get(width, {})}

@@ -338,12 +338,29 @@ def _metadata(draft: _Draft) -> dict[str, str]:
         "reid.embedding_space": draft.embedding_space,
         "reid.distance": "cosine",
         "reid.l2_normalized": "true" if draft.options.normalize else "false",
+        **_threshold_metadata(draft),
         "widthwise.recipe": canonical_json(draft.recipe),
         "widthwise.chain_digest": draft.stored.digest,
         "widthwise.width": str(draft.width),
         "cost.macs": str(draft.macs),
         "license": draft.chain.license,
     }
+
+
+def _threshold_metadata(draft: _Draft) -> dict[str, str]:
+    """Cosine cut-offs for queries of this file: against a gallery of its own width, and against each width by name.
+
+    Nothing where the chain has none, so that files of older chains stay as they are, byte for byte; and nothing for a
+    native embedding, whose cosines are others than those of the common space that the cut-offs are for.
+    """
+    if not draft.is_lifted or draft.chain.frontier is None:
+        return {}
+    by_rate: dict[str, dict[str, float]] = {}
+    for at_rate, gallery, threshold in draft.chain.frontier.thresholds_of(draft.width):
+        by_rate.setdefault(at_rate.rate_name, {})[str(gallery)] = threshold.cosine
+    own = {rate: found[str(draft.width)] for rate, found in by_rate.items() if str(draft.width) in found}
+    everywhere = {"reid.thresholds": canonical_json(by_rate)} if by_rate else {}
+    return {f"reid.threshold_far_{rate}": canonical_json(cosine) for rate, cosine in own.items()} | everywhere
 
 
 def _costs(draft: _Draft, artifact_bytes: int) -> Costs:

@@ -19,7 +19,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from chains.arch import NORM_EPSILON, Conv, Neck
-from chains.chain import Chain, Floats, InputSpec
+from chains.chain import AFFINE, STATISTICS, Chain, Floats, InputSpec
 from chains.cost import FLOAT_BYTES
 from chains.cut import Cut, Runs
 from chains.expand import merge
@@ -92,27 +92,33 @@ Initialiser = Constant | Weight
 
 def initialisers(chain: Chain, width: Width, cuts: Mapping[str, Cut]) -> Iterator[Initialiser]:
     """Weight and bias of every convolution, scale and shift of the neck, in the order of the nodes that read them."""
-    statistics = chain.require_calibrated(width)
+    chain.require_calibrated(width)
     shapes = chain.table.tensor_shapes(width)
     for node in chain.table.nodes:
         if isinstance(node, Conv):
             name = f"{node.name}.weight"
-            scale, shift = _fold(chain, node, cuts[node.rows].parts, statistics)
+            scale, shift = _fold(chain, width, node, cuts[node.rows].parts)
             columns = None if node.columns is None else cuts[node.columns].parts
             yield Weight(name, shapes[name], cuts[node.rows].rows, columns, scale.reshape(-1, 1, 1, 1))
             yield _floats(f"{node.name}.bias", shift)
         elif isinstance(node, Neck):
-            scale, shift = _fold(chain, node, cuts[node.rows].parts, statistics)
+            scale, shift = _fold(chain, width, node, cuts[node.rows].parts)
             yield _floats(NECK_SCALE, scale)
             yield _floats(NECK_SHIFT, shift)
 
 
-def _fold(chain: Chain, node: Conv | Neck, parts: Runs, statistics: Mapping[str, Floats]) -> tuple[Floats, Floats]:
+def _fold(chain: Chain, width: Width, node: Conv | Neck, parts: Runs) -> tuple[Floats, Floats]:
     """Batch normalisation as (scale s, shift β - mean · s), each (rows,)."""
-    gamma, beta = (merge(chain.tensors[f"{node.norm}.{kind}"], parts) for kind in ("weight", "bias"))
-    mean, variance = (statistics[f"{node.norm}.{kind}"] for kind in ("running_mean", "running_var"))
+    mean, variance = (chain.statistics[width][f"{node.norm}.{kind}"] for kind in STATISTICS)
+    gamma, beta = (_affine(chain, width, f"{node.norm}.{kind}", parts) for kind in AFFINE)
     scale = gamma / np.sqrt(variance + np.float32(NORM_EPSILON))
     return scale, beta - mean * scale
+
+
+def _affine(chain: Chain, width: Width, name: str, parts: Runs) -> Floats:
+    """A norm's weight or bias at `width`: its own, or else the merged one."""
+    own = chain.own_norms.get(width)
+    return merge(chain.tensors[name], parts) if own is None else own[name]
 
 
 def pixel_initialisers(spec: InputSpec) -> Iterator[Constant]:

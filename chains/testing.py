@@ -2,10 +2,24 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import numpy as np
 
 from chains.arch import Architecture, architecture
-from chains.chain import STATISTICS, Chain, Floats, Frontier, InputSpec, Mode, WidthAccuracy
+from chains.chain import (
+    AFFINE,
+    FALSE_ACCEPT_RATES,
+    STATISTICS,
+    Chain,
+    Floats,
+    Frontier,
+    InputSpec,
+    Mode,
+    Threshold,
+    Thresholds,
+    WidthAccuracy,
+)
 from chains.cut import Partition
 from chains.tree import group_rows, grow_trees, in_leaf_order, shared_clusters
 from chains.width import Width, even_ladder
@@ -79,13 +93,43 @@ def pico_chain(
     )
 
 
+def with_own_norms(chain: Chain, seed: int = 0) -> Chain:
+    """`chain` with random norms of their own for its two narrowest rungs; the others keep the merged ones."""
+    generator = np.random.default_rng(seed)
+    own = {
+        rung: {
+            f"{norm}.{kind}": generator.uniform(0.5, 1.5, chain.table.group_sizes(rung)[group]).astype(np.float32)
+            for norm, group in chain.table.norms.items()
+            for kind in AFFINE
+        }
+        for rung in chain.ladder[:2]
+    }
+    return replace(chain, own_norms=own)
+
+
 def made_up_frontier(ladder: tuple[Width, ...]) -> Frontier:
     """A frontier that rises by a point per rung; for tests only, it says so in its data set's name."""
     widths = tuple(
-        WidthAccuracy(w, 50.0 + i, (49.5 + i, 50.5 + i), 60.0 + i, 70.0 + i, 80.0 + i) for i, w in enumerate(ladder)
+        WidthAccuracy(w, 50.0 + i, (49.5 + i, 50.5 + i), 60.0 + i, 70.0 + i, 80.0 + i, 40.0 + i)
+        for i, w in enumerate(ladder)
     )
     cross = tuple(tuple(50.0 + min(q, g) for g in range(len(ladder))) for q in range(len(ladder)))
-    return Frontier("made up for tests", "none", 0, 1, 1, False, widths, cross)
+    thresholds = tuple(_made_up_thresholds(rate, len(ladder)) for rate in FALSE_ACCEPT_RATES)
+    return Frontier("made up for tests", "none", 0, 1, 1, False, widths, cross, thresholds)
+
+
+def _made_up_thresholds(rate: float, count: int) -> Thresholds:
+    """Higher for the rarer accept, lower for wider pairs, and unknown for the narrowest against itself."""
+
+    def made_up(q: int, g: int) -> Threshold | None:
+        return Threshold(round(0.5 - rate - 0.01 * (q + g), 4), 60.0 + q + g) if q + g else None
+
+    return Thresholds(rate, tuple(tuple(made_up(q, g) for g in range(count)) for q in range(count)))
+
+
+def as_first_measured(frontier: Frontier) -> Frontier:
+    """`frontier` as it was measured before there were mINP and thresholds: what a chain file of version 1 holds."""
+    return replace(frontier, widths=tuple(replace(w, minp=None) for w in frontier.widths), thresholds=())
 
 
 def _shared(

@@ -116,6 +116,9 @@ class AccuracyOut(BaseModel):
     rank1: float
     rank5: float
     rank10: float
+    minp: Annotated[
+        float | None, Field(description="mean of correct matches / rank of the last one; null: measured before it was")
+    ]
 
     @classmethod
     def of(cls, accuracy: WidthAccuracy) -> AccuracyOut:
@@ -167,6 +170,43 @@ class LiftOut(BaseModel):
     ]
 
 
+class ThresholdOut(BaseModel):
+    """A cut-off for queries of this model against a gallery of one width, at one false-accept rate."""
+
+    gallery_width: str
+    false_accept_rate: Annotated[
+        float, Field(description="share of pairs of different people that the cut-off accepts, at most")
+    ]
+    cosine: Annotated[float, Field(description="taken for one person from this cosine up")]
+    true_accept: Annotated[float, Field(description="percent of pairs of one person, of two cameras, that it accepts")]
+
+
+class ThresholdsOut(BaseModel):
+    """Same person or not, by cosine in the common space; native embeddings must be lifted first."""
+
+    space: Annotated[str, Field(description="the common space; cosines of native embeddings are others")]
+    cut_offs: Annotated[
+        list[ThresholdOut],
+        Field(description="by false-accept rate, then gallery width from narrow to wide; those that are known"),
+    ]
+
+    @classmethod
+    def of(cls, model: Model) -> ThresholdsOut | None:
+        chain = model.stored.chain
+        if chain.frontier is None or not chain.frontier.thresholds:
+            return None
+        cut_offs = [
+            ThresholdOut(
+                gallery_width=str(gallery),
+                false_accept_rate=at_rate.false_accept_rate,
+                cosine=found.cosine,
+                true_accept=found.true_accept,
+            )
+            for at_rate, gallery, found in chain.frontier.thresholds_of(model.width)
+        ]
+        return cls(space=chain.embedding_space, cut_offs=cut_offs)
+
+
 class Manifest(BaseModel):
     """Everything to know about a model without its bytes."""
 
@@ -189,6 +229,9 @@ class Manifest(BaseModel):
     embedding: Literal["common", "native"]
     embedding_space: Annotated[str, Field(description="embeddings compare as they are when this is equal")]
     lift: LiftOut
+    thresholds: Annotated[
+        ThresholdsOut | None, Field(description="same-or-different cut-offs; null where the chain has none")
+    ]
     recipe: Annotated[dict[str, Any], Field(description="what makes the bytes: equal recipes give equal bytes")]
 
     @classmethod
@@ -214,6 +257,7 @@ class Manifest(BaseModel):
             embedding=model.options.embedding,
             embedding_space=_space(model, lift),
             lift=lift,
+            thresholds=ThresholdsOut.of(model),
             recipe=model.plan.recipe,
         )
 
@@ -281,11 +325,35 @@ class Measured(BaseModel):
     trained_after_expansion: bool
 
 
+class CrossThresholds(BaseModel):
+    """Cut-offs at one false-accept rate, rows and columns as in `map`; null where the images could not tell."""
+
+    false_accept_rate: Annotated[
+        float, Field(description="share of pairs of different people that a cut-off accepts, at most")
+    ]
+    cosine: Annotated[list[list[float | None]], Field(description="taken for one person from this cosine up")]
+    true_accept: Annotated[
+        list[list[float | None]], Field(description="percent of pairs of one person, of two cameras, that it accepts")
+    ]
+
+
 class CrossWidth(BaseModel):
-    """mAP in percent of queries embedded at one width (rows) against a gallery embedded at another (columns)."""
+    """Queries embedded at one width (rows) against a gallery embedded at another (columns), in the common space."""
 
     widths: list[str]
-    map: list[list[float]]
+    map: Annotated[list[list[float]], Field(description="mAP in percent")]
+    thresholds: Annotated[
+        list[CrossThresholds], Field(description="same person or not; empty for chains measured before there were any")
+    ]
+
+    @classmethod
+    def of(cls, how: dict[str, Any]) -> CrossWidth:
+        thresholds = how.get("thresholds", ())  # chains published by an older release have none
+        return cls(
+            widths=how["widths"],
+            map=how["cross_map"],
+            thresholds=[CrossThresholds(**at_rate) for at_rate in thresholds],
+        )
 
 
 class FrontierOut(BaseModel):
@@ -305,7 +373,7 @@ class FrontierOut(BaseModel):
             embedding_space=row.embedding_space,
             widths=[FrontierWidth.of(width) for width in row.widths],
             measured=Measured(**how) if how else None,
-            cross_width=CrossWidth(widths=how["widths"], map=how["cross_map"]) if how else None,
+            cross_width=CrossWidth.of(how) if how else None,
         )
 
 
@@ -332,6 +400,7 @@ def _accuracy(row: WidthRow) -> AccuracyOut | None:
             "rank1": row.rank1,
             "rank5": row.rank5,
             "rank10": row.rank10,
+            "minp": row.minp,
         }
     )
 

@@ -85,6 +85,7 @@ class WidthRow(Base):
     rank1: Mapped[float | None]
     rank5: Mapped[float | None]
     rank10: Mapped[float | None]
+    minp: Mapped[float | None]
 
 
 class AliasRow(Base):

@@ -21,7 +21,7 @@ from app.services.chain_cache import ChainCache
 from app.storage.port import CHUNK_BYTES, ObjectStore, content_key, read_verified
 from chains import artifact
 from chains.artifact import StoredChain
-from chains.chain import Chain, Frontier
+from chains.chain import Chain, Frontier, Thresholds
 from chains.onnxfile import EmitOptions, plan, require_finite
 from chains.width import Width
 
@@ -169,7 +169,7 @@ def _width_row(stored: StoredChain, width: Width, position: int) -> WidthRow:
     )
 
 
-def _accuracy(chain: Chain, width: Width) -> dict[str, float]:
+def _accuracy(chain: Chain, width: Width) -> dict[str, float | None]:
     measured = chain.frontier.of(width) if chain.frontier else None
     if measured is None:
         return {}
@@ -181,11 +181,12 @@ def _accuracy(chain: Chain, width: Width) -> dict[str, float]:
         "rank1": measured.rank1,
         "rank5": measured.rank5,
         "rank10": measured.rank10,
+        "minp": measured.minp,
     }
 
 
 def _measurement(frontier: Frontier | None) -> dict[str, Any] | None:
-    """How the frontier was measured, and the matrix; the widths have rows of their own."""
+    """How the frontier was measured, and its matrices; the widths have rows of their own."""
     if frontier is None:
         return None
     return {
@@ -197,4 +198,13 @@ def _measurement(frontier: Frontier | None) -> dict[str, Any] | None:
         "trained_after_expansion": frontier.trained_after_expansion,
         "widths": [str(measured.width) for measured in frontier.widths],
         "cross_map": [list(row) for row in frontier.cross_map],
+        "thresholds": [_thresholds(at_rate) for at_rate in frontier.thresholds],
+    }
+
+
+def _thresholds(at_rate: Thresholds) -> dict[str, Any]:
+    return {
+        "false_accept_rate": at_rate.false_accept_rate,
+        "cosine": [[found and found.cosine for found in row] for row in at_rate.matrix],
+        "true_accept": [[found and found.true_accept for found in row] for row in at_rate.matrix],
     }

@@ -17,7 +17,7 @@ from sqlalchemy import inspect, select
 from app.db.migrate import downgrade, is_current, migrate
 from app.db.repositories import Aliases, Chains, Models
 from app.db.session import Database
-from app.db.tables import AliasChangeRow, Base, ChainRow, ModelRow
+from app.db.tables import AliasChangeRow, Base, ChainRow, ModelRow, WidthRow
 from app.errors import DatabaseUnavailable
 
 ROOT = Path(__file__).parents[2]
@@ -75,6 +75,23 @@ def test_migrations_go_up_from_empty_and_down_again(database: Database) -> None:
     assert tables(database) == set()
     migrate(database)
     assert tables(database) == TABLES
+
+
+def test_a_width_published_before_minp_was_measured_keeps_its_figures(database: Database) -> None:
+    migrate(database)
+    row = chain("a")
+    row.widths = [
+        WidthRow(position=0, width="8", macs=1, params=1, artifact_bytes=1, peak_activation_bytes=1, rank1=60.5)
+    ]
+    with database.transaction() as session:
+        Chains(session).add(row)
+    downgrade(database, "0001")
+    assert "minp" not in {column["name"] for column in inspect(database.engine).get_columns("widths")}
+    migrate(database)
+    with database.transaction() as session:
+        found = Chains(session).find("a")
+        assert found is not None
+        assert [(width.rank1, width.minp) for width in found.widths] == [(60.5, None)]
 
 
 def test_migrating_twice_changes_nothing(database: Database) -> None:

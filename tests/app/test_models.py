@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import base64
 import hashlib
+import json
 import re
 import uuid
 from collections.abc import Callable, Iterator
@@ -219,6 +220,42 @@ def test_manifest_and_file_agree_about_the_embedding(shared_client: TestClient, 
     (output,) = model.graph.output
     assert output.name == manifest["output"]["name"]
     assert output.type.tensor_type.shape.dim[1].dim_value == manifest["output"]["shape"][1]
+
+
+def test_the_manifest_has_the_cut_offs_of_its_width_against_every_width(shared_client: TestClient) -> None:
+    manifest = manifest_of(shared_client, {"limits": {"max_macs": 300_000}})
+    cross = shared_client.get("/chains/pico/frontier").json()["cross_width"]
+    assert manifest["width"] == cross["widths"][0]
+    assert manifest["thresholds"]["space"] == manifest["lift"]["space"] == "pico-0"
+    expected = [
+        {"gallery_width": width, "false_accept_rate": rate["false_accept_rate"], "cosine": c, "true_accept": t}
+        for rate in cross["thresholds"]
+        for width, c, t in zip(cross["widths"], rate["cosine"][0], rate["true_accept"][0], strict=True)
+        if c is not None
+    ]
+    assert manifest["thresholds"]["cut_offs"] == expected
+    assert len(expected) == 6  # the narrowest against itself is not known
+
+
+@pytest.mark.parametrize("embedding", ["common", "native"])
+def test_manifest_and_file_agree_about_the_cut_offs(shared_client: TestClient, embedding: str) -> None:
+    body = ROOMY | {"embedding": embedding}
+    manifest = manifest_of(shared_client, body)
+    model = onnx.load_from_string(shared_client.post("/models", json=body).content)
+    written = {entry.key: entry.value for entry in model.metadata_props}
+    by_rate = json.loads(written["reid.thresholds"])
+    found = {(c["gallery_width"], c["false_accept_rate"]): c["cosine"] for c in manifest["thresholds"]["cut_offs"]}
+    assert found == {(width, float(rate)): c for rate, cosines in by_rate.items() for width, c in cosines.items()}
+    assert float(written["reid.threshold_far_1e-3"]) == found[manifest["width"], 0.001]
+
+
+def test_a_native_embedding_below_full_width_has_cut_offs_for_what_it_is_lifted_to(shared_client: TestClient) -> None:
+    bodies = [{"limits": {"max_macs": 300_000}, "embedding": embedding} for embedding in ("native", "common")]
+    native, common = (manifest_of(shared_client, body) for body in bodies)
+    assert native["thresholds"] == common["thresholds"]
+    assert native["embedding_space"] != native["thresholds"]["space"] == common["embedding_space"]
+    model = onnx.load_from_string(shared_client.post("/models", json=bodies[0]).content)
+    assert not [entry.key for entry in model.metadata_props if entry.key.startswith("reid.threshold")]
 
 
 @pytest.mark.parametrize("preprocess", ["none", "in-graph"])

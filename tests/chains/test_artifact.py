@@ -21,16 +21,18 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from chains.artifact import METADATA_KEY, canonical_json, dump, load, save
-from chains.chain import Chain, InputSpec
+from chains.chain import FALSE_ACCEPT_RATES, Chain, InputSpec, Threshold, Thresholds
 from chains.cut import SharedClusters
 from chains.errors import ChainFileError, ChainMismatch, CutError
 from chains.expand import student
 from chains.model import load_student
-from chains.testing import pico_chain
+from chains.testing import as_first_measured, pico_chain, with_own_norms
 from chains.width import Width
 
 CHAIN = pico_chain(stem=4, narrowest=1, rungs=3)
 BYTES = dump(CHAIN)
+OWN = dump(with_own_norms(replace(CHAIN, frontier=None)))
+FIRST = replace(CHAIN, frontier=as_first_measured(CHAIN.frontier))  # what a file of version 1 holds
 
 
 def split(data: bytes) -> tuple[dict[str, Any], bytes]:
@@ -44,9 +46,9 @@ def joined(header: dict[str, Any], body: bytes) -> bytes:
     return len(text).to_bytes(8, "little") + text + body
 
 
-def with_header(change: Callable[[dict[str, Any]], object]) -> bytes:
+def with_header(change: Callable[[dict[str, Any]], object], data: bytes = BYTES) -> bytes:
     """The file with its Widthwise header changed."""
-    header, body = split(BYTES)
+    header, body = split(data)
     ours = json.loads(header["__metadata__"][METADATA_KEY])
     change(ours)
     header["__metadata__"][METADATA_KEY] = json.dumps(ours)
@@ -78,6 +80,15 @@ def with_dtype(dtype: str) -> bytes:
     return with_tensors(lie)
 
 
+def with_threshold(rate: int, name: str, value: object) -> bytes:
+    """The file with the cut-off of the second width against the third changed."""
+
+    def change(header: dict[str, Any]) -> None:
+        header["frontier"]["thresholds"][rate][name][1][2] = value
+
+    return with_header(change)
+
+
 def with_tensors(change: Callable[[dict[str, Any]], object]) -> bytes:
     """The file with its safetensors header changed."""
     header, body = split(BYTES)
@@ -85,8 +96,14 @@ def with_tensors(change: Callable[[dict[str, Any]], object]) -> bytes:
     return joined(header, body)
 
 
-def with_value(name: str, value: float) -> bytes:
-    header, body = split(BYTES)
+def with_names(change: Callable[[str], str | None], data: bytes) -> bytes:
+    """The file `data` with its tensors renamed; `None`: left out."""
+    tensors, metadata = safetensors.numpy.load(data), split(data)[0]["__metadata__"]
+    return safetensors.numpy.save({new: t for name, t in tensors.items() if (new := change(name))}, metadata)
+
+
+def with_value(name: str, value: float, data: bytes = BYTES) -> bytes:
+    header, body = split(data)
     start = header[name]["data_offsets"][0]
     raw = bytearray(body)
     raw[start : start + 4] = np.float32(value).tobytes()
@@ -118,6 +135,37 @@ def test_another_process_writes_the_same_file(tmp_path: Path) -> None:
     )
     again = subprocess.run([sys.executable, "-c", script, tmp_path / "a.safetensors"], capture_output=True, check=True)
     assert again.stdout == BYTES
+
+
+def test_what_version_1_can_hold_is_written_as_version_1() -> None:
+    data = dump(FIRST)
+    header = json.loads(split(data)[0]["__metadata__"][METADATA_KEY])
+    assert header["format_version"] == 1
+    assert "thresholds" not in header["frontier"]
+    loaded = load(data).chain
+    assert loaded.frontier == FIRST.frontier
+    assert dump(loaded) == data
+    assert load(dump(replace(CHAIN, frontier=None))).chain.frontier is None
+
+
+def test_a_frontier_with_thresholds_is_written_as_version_2() -> None:
+    assert json.loads(split(BYTES)[0]["__metadata__"][METADATA_KEY])["format_version"] == 2
+    loaded = load(BYTES).chain.frontier
+    assert loaded is not None
+    assert loaded.thresholds[0].matrix[0][0] is None
+    assert loaded.thresholds[1].matrix[1][2] == Threshold(0.469, 63.0)
+    assert [measured.minp for measured in loaded.widths] == [40.0, 41.0, 42.0]
+
+
+def test_norms_of_a_width_s_own_are_written_as_version_2_and_come_back() -> None:
+    chain = with_own_norms(FIRST)
+    data = dump(replace(chain, frontier=None))
+    assert json.loads(split(data)[0]["__metadata__"][METADATA_KEY])["format_version"] == 2
+    loaded = load(data).chain
+    assert loaded.own_norms.keys() == set(chain.ladder[:2])
+    for width, norms in chain.own_norms.items():
+        assert all(np.array_equal(loaded.own_norms[width][name], values) for name, values in norms.items())
+    assert dump(loaded) == data
 
 
 def test_a_save_that_fails_leaves_the_old_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -160,7 +208,45 @@ ABUSES: dict[str, tuple[bytes, str]] = {
         "one metadata key",
     ),
     "a second metadata key": (with_tensors(lambda h: h["__metadata__"].update(more="x")), "one metadata key"),
-    "a future version": (with_header(lambda h: h.update(format_version=2)), "format version 2 is not 1"),
+    "a future version": (with_header(lambda h: h.update(format_version=3)), "format version 3 is not one .* 1 to 2"),
+    "a version that is a truth": (with_header(lambda h: h.update(format_version=True)), "format version True"),
+    "a version with a fraction": (with_header(lambda h: h.update(format_version=2.5)), "format version 2.5"),
+    "a version that is a list": (with_header(lambda h: h.update(format_version=[2])), "format version"),
+    "fields of version 2 in version 1": (with_header(lambda h: h.update(format_version=1)), "minp"),
+    "thresholds in version 1": (
+        with_header(lambda h: h["frontier"].update(thresholds=[]), dump(FIRST)),
+        "thresholds",
+    ),
+    "version 2 without its fields": (with_header(lambda h: h.update(format_version=2), dump(FIRST)), "minp"),
+    "version 2 where 1 would do": (
+        with_header(lambda h: h.update(frontier=None)),
+        "version 2; what it holds is written in 1",
+    ),
+    "version 2 without thresholds": (with_header(lambda h: h["frontier"].pop("thresholds")), "thresholds"),
+    "no mINP": (with_header(lambda h: h["frontier"]["widths"][1].update(minp=None)), "minp"),
+    "an mINP over 100": (with_header(lambda h: h["frontier"]["widths"][1].update(minp=100.1)), "minp"),
+    "a number beyond every float in a threshold": (with_text("[[null,0.48", "[[null,1e999"), "no finite number"),
+    "NaN in a threshold": (with_text("[[null,0.48", "[[null,NaN"), "holds NaN"),
+    "a cosine above one": (with_threshold(0, "cosine", 1.0001), "thresholds.0.cosine"),
+    "a cosine below minus one": (with_threshold(1, "cosine", -1.0001), "thresholds.1.cosine"),
+    "a cosine in words": (with_threshold(0, "cosine", "0.5"), "thresholds.0.cosine"),
+    "a true-accept rate over 100": (with_threshold(0, "true_accept", 100.1), "thresholds.0.true_accept"),
+    "a true-accept rate below 0": (with_threshold(0, "true_accept", -0.1), "thresholds.0.true_accept"),
+    "a cosine without its true-accept rate": (with_threshold(0, "true_accept", None), "null in the same places"),
+    "a lopsided matrix of cosines": (
+        with_header(lambda h: h["frontier"]["thresholds"][0]["cosine"].pop()),
+        "cosine must be 3 × 3",
+    ),
+    "a short row of true-accept rates": (
+        with_header(lambda h: h["frontier"]["thresholds"][1]["true_accept"][2].pop()),
+        "true_accept must be 3 × 3",
+    ),
+    "thresholds at one rate only": (with_header(lambda h: h["frontier"]["thresholds"].pop()), "false-accept rates"),
+    "thresholds in another order": (with_header(lambda h: h["frontier"]["thresholds"].reverse()), "in this order"),
+    "thresholds at another rate": (
+        with_header(lambda h: h["frontier"]["thresholds"][0].update(false_accept_rate=0.05)),
+        "false-accept rates",
+    ),
     "a field of the future": (with_header(lambda h: h.update(colour="red")), "colour"),
     "a missing field": (with_header(lambda h: h.pop("license")), "license"),
     "NaN in the header": (with_header(lambda h: h["input"].update(mean=[float("nan")] * 3)), "NaN"),
@@ -198,6 +284,20 @@ ABUSES: dict[str, tuple[bytes, str]] = {
     "numbers that numpy does not have": (with_dtype("F8_E4M3"), "F8_E4M3"),
     "truncated tensors": (BYTES[:-4], "not a usable chain file"),
     "bytes behind the end": (BYTES + b"1234", "not a usable chain file"),
+    "a width with some norms of its own": (
+        with_names(lambda name: None if name == "norms/1x2-4-8/bn1.bias" else name, OWN),
+        "bn1.bias' is missing",
+    ),
+    "norms of a width off the ladder": (
+        with_names(lambda name: name.replace("norms/1x2-4-8", "norms/9x2-4-8"), OWN),
+        "no part of a chain claims",
+    ),
+    "NaN in a norm": (with_value("norms/1x2-4-8/bn1.weight", float("nan"), OWN), "holds NaN"),
+    "a version before its norms": (with_header(lambda h: h.update(format_version=1), OWN), "written in 2"),
+    "a version behind what it holds": (
+        with_header(lambda h: h.update(format_version=2), dump(replace(CHAIN, frontier=None))),
+        "written in 1",
+    ),
     "a tensor missing": (with_header(lambda h: h["ladder"].pop(0)), "no part of a chain claims"),
 }
 
@@ -266,7 +366,8 @@ def test_a_loaded_chain_cannot_be_changed_by_who_shares_it() -> None:
 def test_whole_numbers_in_the_header_survive_a_round_trip() -> None:
     frontier = replace(
         CHAIN.frontier,
-        widths=tuple(replace(w, map=50, map_ci95=(49, 51), rank1=1, rank5=2) for w in CHAIN.frontier.widths),
+        widths=tuple(replace(w, map=50, map_ci95=(49, 51), rank1=1, rank5=2, minp=3) for w in CHAIN.frontier.widths),
+        thresholds=tuple(Thresholds(rate, ((Threshold(0, 100),) * 3,) * 3) for rate in FALSE_ACCEPT_RATES),
     )
     data = dump(replace(CHAIN, input=InputSpec(64, 32, (0, 0, 0), (1, 1, 1)), frontier=frontier))
     assert dump(load(data).chain) == data
@@ -280,6 +381,12 @@ def test_whole_numbers_in_the_header_survive_a_round_trip() -> None:
         ({"provenance": {"seed": np.int64(0)}}, "int64 is not JSON"),
         ({"provenance": {"loss": float("nan")}}, "not JSON compliant"),
         ({"ladder": CHAIN.ladder[1:]}, "statistics of 1x2-4-8, which is not on its ladder"),
+        (
+            {"ladder": CHAIN.ladder[1:], "statistics": {}, "own_norms": with_own_norms(CHAIN).own_norms},
+            "norms of 1x2-4-8",
+        ),
+        ({"frontier": replace(CHAIN.frontier, thresholds=())}, "false-accept rates"),
+        ({"frontier": replace(FIRST.frontier, thresholds=CHAIN.frontier.thresholds)}, "minp"),
     ],
     ids=str,
 )
@@ -325,7 +432,7 @@ def test_a_header_with_an_odd_value_loads_cleanly_or_is_refused_cleanly(data: st
             header = header[step]
         header[last] = data.draw(st.sampled_from(ODD_VALUES))
 
-    odd = data.draw(st.sampled_from([with_header, with_tensors]))(change)
+    odd = data.draw(st.sampled_from([with_header, lambda c: with_header(c, dump(FIRST)), with_tensors]))(change)
     with suppress(ChainFileError):
         stored = dump(load(odd).chain)
         assert dump(load(stored).chain) == stored
@@ -358,7 +465,14 @@ def test_canonical_json_knows_no_order_and_no_nan() -> None:
 
 def test_the_format_guards_its_bytes() -> None:
     """A chain of integers, so that the digest depends on the format alone. A new digest is a new format version."""
-    assert load(dump(integer_chain())).digest == "e8593c38c5098f4591b4e40df2b3353c1059160b6478909f8a1d035330d1c725"
+    chain = integer_chain()
+    first = replace(chain, frontier=as_first_measured(chain.frontier))
+    assert load(dump(first)).digest == "e8593c38c5098f4591b4e40df2b3353c1059160b6478909f8a1d035330d1c725"
+    norms = with_own_norms(chain).own_norms
+    own = {width: {name: np.ones_like(v) for name, v in vectors.items()} for width, vectors in norms.items()}
+    with_norms = replace(first, frontier=None, own_norms=own)
+    assert load(dump(with_norms)).digest == "9c2c1b970f6300865a36fab98dfc52851c0ff8d58f56e22ce9c0ea928ae9d6fe"
+    assert load(dump(chain)).digest == "92e0a45a26283b1dc74ad08781e5e38ed19e4982b83de8d842720efd5ccea3bb"
 
 
 def integer_chain() -> Chain:

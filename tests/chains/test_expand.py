@@ -12,7 +12,7 @@ from chains.cut import Cut, NestedTree, Runs, SharedClusters
 from chains.errors import ChainMismatch, CutError, NotCalibrated, WidthError
 from chains.expand import expand, expand_tensor, merge, student, sum_runs
 from chains.model import load_student, model_of
-from chains.testing import pico_chain, random_tensors
+from chains.testing import pico_chain, random_tensors, with_own_norms
 from chains.width import Width
 
 MODES = ("nested", "oskt")
@@ -236,7 +236,28 @@ def test_a_width_the_chain_cannot_give_is_refused() -> None:
         pico_chain(mode="oskt").cuts(Width(1))
 
 
+def test_a_width_with_norms_of_its_own_takes_them_and_the_others_are_merged() -> None:
+    merged = pico_chain()
+    chain = with_own_norms(merged)
+    own, without = chain.ladder[0], chain.ladder[-2]
+    made, plain = student(chain, own), student(merged, own)
+    for name, values in made.items():
+        assert np.array_equal(values, chain.own_norms[own].get(name, plain[name])), name
+    assert all(
+        np.array_equal(values, student(merged, without)[name]) for name, values in student(chain, without).items()
+    )
+
+
 def test_a_width_without_statistics_is_refused() -> None:
     chain = replace(pico_chain(), statistics={})
     with pytest.raises(NotCalibrated, match="no normalisation statistics"):
         student(chain, chain.ladder[0])
+
+
+@pytest.mark.parametrize("axis", [0, 1])
+@pytest.mark.parametrize(
+    "runs", [Runs.between(np.array([2, 3, 6, 8])), Runs(np.array([4, 0]), np.array([7, 3]))], ids=str
+)
+def test_torch_adds_runs_as_numpy_does_also_where_they_leave_gaps(runs: Runs, axis: int) -> None:
+    tensor = np.random.default_rng(0).standard_normal((9, 9, 2), dtype=np.float32)
+    assert np.array_equal(sum_runs(torch.from_numpy(tensor), runs, axis).numpy(), sum_runs(tensor, runs, axis))

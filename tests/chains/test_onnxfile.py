@@ -2,6 +2,7 @@
 
 import gc
 import hashlib
+import json
 import subprocess
 import sys
 import tracemalloc
@@ -31,7 +32,7 @@ from chains.errors import CutError, NotCalibrated, UnsupportedOption, WidthError
 from chains.expand import student
 from chains.model import load_student, model_of, normalise
 from chains.onnxfile import OPSETS, EmitOptions, plan, write
-from chains.testing import IMAGENET_MEAN, IMAGENET_STD, pico_chain, random_statistics
+from chains.testing import IMAGENET_MEAN, IMAGENET_STD, as_first_measured, pico_chain, random_statistics, with_own_norms
 from chains.tree import in_leaf_order
 from chains.width import Width, even_ladder
 
@@ -250,6 +251,17 @@ def test_onnxruntime_agrees_with_the_torch_module(name: str, mode: str) -> None:
             expected = lifted / np.linalg.norm(lifted, axis=1, keepdims=True)
             made = runtime.run(["embedding"], {"images": batch})[0]
             assert np.abs(made - expected).max() <= 1e-4, f"{width}, batch {len(batch)}"
+
+
+def test_onnxruntime_agrees_where_widths_have_norms_of_their_own() -> None:
+    data = dump(with_own_norms(pico().chain))
+    stored, images = load(data), some_images(3)
+    for width in stored.chain.ladder[:3]:
+        with torch.inference_mode():
+            expected = load_student(stored.chain, width).embed(torch.from_numpy(images)).numpy()
+        made = embeddings(write(stored, width, EmitOptions(embedding="native", normalize=False)), images)
+        np.testing.assert_allclose(made, expected, atol=1e-4)
+    assert write(stored, stored.chain.ladder[0]) != write(pico(), stored.chain.ladder[0])
 
 
 def test_native_embeddings_are_the_student_s_own() -> None:
@@ -491,6 +503,9 @@ def test_metadata_tells_a_client_what_it_needs() -> None:
         "reid.embedding_space": "pico-0",
         "reid.distance": "cosine",
         "reid.l2_normalized": "true",
+        "reid.threshold_far_1e-2": "0.45",
+        "reid.threshold_far_1e-3": "0.459",
+        "reid.thresholds": canonical_json({"1e-2": by_gallery_width(0.49), "1e-3": by_gallery_width(0.499)}),
         "widthwise.recipe": canonical_json(planned.recipe),
         "widthwise.chain_digest": pico().digest,
         "widthwise.width": "4x2-4-8",
@@ -500,6 +515,36 @@ def test_metadata_tells_a_client_what_it_needs() -> None:
     assert (parsed.producer_name, parsed.producer_version) == ("widthwise", "1")
     assert not parsed.doc_string
     assert not any(node.doc_string for node in parsed.graph.node)
+
+
+def by_gallery_width(narrowest: float) -> dict[str, float]:
+    """The made-up cut-offs of the pico chain's third rung: a hundredth lower with each rung of the gallery."""
+    return {str(width): round(narrowest - 0.02 - 0.01 * i, 4) for i, width in enumerate(WIDTHS)}
+
+
+def test_thresholds_that_are_not_known_are_left_out() -> None:
+    """The made-up frontier does not know the narrowest against itself."""
+    narrowest = metadata(WIDTHS[0])
+    assert not [key for key in narrowest if key.startswith("reid.threshold_far")]
+    assert json.loads(narrowest["reid.thresholds"])["1e-2"].keys() == {str(width) for width in WIDTHS[1:]}
+
+
+def test_a_native_embedding_has_no_thresholds_for_they_are_of_the_common_space() -> None:
+    def named(width: Width) -> list[str]:
+        return [key for key in metadata(width, embedding="native") if key.startswith("reid.threshold")]
+
+    assert named(Width(4)) == []
+    assert named(Width(8)) == ["reid.threshold_far_1e-2", "reid.threshold_far_1e-3", "reid.thresholds"]
+
+
+def test_a_chain_measured_without_thresholds_writes_no_such_keys() -> None:
+    """And so a file of the first format version gives the bytes it always gave."""
+    chain = pico().chain
+    first = load(dump(replace(chain, frontier=as_first_measured(chain.frontier))))
+    unmeasured = load(dump(replace(chain, frontier=None)))
+    for stored in (first, unmeasured):
+        keys = metadata_of(onnx.load_from_string(write(stored, Width(4)))).keys()
+        assert not [key for key in keys if key.startswith("reid.threshold")]
 
 
 def test_the_documentation_names_every_key() -> None:

@@ -43,3 +43,20 @@ def test_every_figure_of_an_accuracy_table_stands_in_the_docs(name: str) -> None
     pages = " ".join(page.read_text() for page in (ROOT / "docs" / "explanation").glob("*.md"))
     for row in rows(name):
         assert f"{float(row['map']):.1f}" in pages, row
+
+
+def test_loading_keeps_up_with_training_and_the_docs_say_by_how_much() -> None:
+    table = rows("loading.csv")
+    page = (ROOT / "docs" / "reference" / "datasets.md").read_text()
+    batches = [row for row in table if row["what"] == "batch"]
+    assert len(batches) == 2
+    for row in batches:
+        quickest = max(
+            float(other["images_per_s"])
+            for other in table
+            if other["what"] == "train" and other["height"] == row["height"]
+        )
+        assert float(row["images_per_s"]) >= 2 * quickest
+        size = f"{row['height']}×{row['width']}"
+        assert f"| {size} | {row['images_per_s']} | {quickest} (" in page
+        assert f"| {row['over_training']} |" in page
