@@ -13,7 +13,7 @@ import torch
 from benchmarks.setup import ARCHITECTURE, FULL, HALF, INPUT, PEOPLE, QUARTER, RESULTS, alone_row, append_row, recipe
 from chains.data.synthetic import gallery_images, query_images, train_images
 from chains.evaluate import evaluate_model
-from chains.train import every, train_alone
+from chains.train import Run, every, train_alone
 from chains.width import Width
 
 
@@ -24,7 +24,7 @@ def main() -> None:
     plan = recipe(options.steps)
     for seed in options.seeds:
         for width in options.widths:
-            trained = train_alone(ARCHITECTURE, width, images, INPUT, plan, seed, every(500, print))
+            trained = train_alone(ARCHITECTURE, width, images, INPUT, plan, seed, Run(report=every(500, print)))
             ranking = evaluate_model(trained.model, queries, gallery, INPUT)
             append_row(options.out, alone_row(ranking, width, seed, plan.images))
 

@@ -6,17 +6,16 @@ python -m benchmarks.demo_chain --teacher-steps 1500 --steps 5000 --seed 0
 from __future__ import annotations
 
 import argparse
-import hashlib
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 
 from benchmarks.setup import (
     ARCHITECTURE,
     BACKWARD_FACTOR,
+    CALIBRATION_IMAGES,
     DATASET,
     FULL,
     INPUT,
@@ -24,6 +23,7 @@ from benchmarks.setup import (
     PEOPLE,
     RESULTS,
     append_row,
+    calibration_images,
     command,
     macs_of,
     recipe,
@@ -32,27 +32,24 @@ from chains.artifact import save
 from chains.calibrate import calibrate
 from chains.chain import Chain, Frontier
 from chains.cost import count_params
-from chains.data.images import ImageSet
 from chains.data.synthetic import gallery_images, query_images, train_images
 from chains.evaluate import evaluate_model, measure_frontier
 from chains.refine import Refined, refine
-from chains.train import every, train_alone
+from chains.train import Run, every, train_alone
 
 NAME = "synthetic-r18"
 TARGET = Path(__file__).parents[1] / "chains" / "demo" / f"{NAME}.safetensors"
-CALIBRATION_IMAGES = 1024
 
 
 def main() -> None:
     options = parse()
     torch.set_num_threads(options.threads)
     images, queries, gallery = train_images(PEOPLE), query_images(PEOPLE), gallery_images(PEOPLE)
-    teacher = train_alone(
-        ARCHITECTURE, FULL, images, INPUT, recipe(options.teacher_steps), options.seed, every(250, print)
-    )
+    run = Run(report=every(250, print))
+    teacher = train_alone(ARCHITECTURE, FULL, images, INPUT, recipe(options.teacher_steps), options.seed, run)
     ranking = evaluate_model(teacher.model, queries, gallery, INPUT)
     print(f"teacher: mAP {ranking.map:.2f}, Rank-1 {ranking.rank(1):.2f}", flush=True)
-    refined = refine(teacher, LADDER, images, INPUT, recipe(options.steps), options.seed, every(250, print))
+    refined = refine(teacher, LADDER, images, INPUT, recipe(options.steps), options.seed, run)
     chain = calibrate(new_chain(refined, ranking.map, options), calibration_images(images, options.seed))
     frontier = measure_frontier(chain, queries, gallery, f"{DATASET}, test identities", seed=0)
     chain = replace(chain, frontier=frontier)
@@ -63,32 +60,15 @@ def main() -> None:
 
 
 def new_chain(refined: Refined, teacher_map: float, options: argparse.Namespace) -> Chain:
-    return Chain(
+    return refined.chain(
         name=NAME,
         architecture=ARCHITECTURE,
-        mode="nested",
-        teacher=FULL,
         ladder=LADDER,
+        teacher=FULL,
         input=INPUT,
-        embedding_space=f"es-{fingerprint(refined)}",
         license="Apache-2.0",
-        tensors=refined.tensors,
-        partitions=refined.trees,
         provenance=provenance(teacher_map, options),
     )
-
-
-def calibration_images(images: ImageSet, seed: int) -> ImageSet:
-    """A fixed random choice of training images, of many identities and every camera."""
-    return images.take(np.random.default_rng(seed).permutation(len(images))[:CALIBRATION_IMAGES])
-
-
-def fingerprint(refined: Refined) -> str:
-    """Id of the embedding space: new for every training, the same for every re-calibration."""
-    digest = hashlib.sha256()
-    for name in sorted(refined.tensors):
-        digest.update(refined.tensors[name].tobytes())
-    return digest.hexdigest()[:16]
 
 
 def provenance(teacher_map: float, options: argparse.Namespace) -> dict[str, Any]:

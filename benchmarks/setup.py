@@ -4,13 +4,16 @@ from __future__ import annotations
 
 import csv
 import sys
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
+
+import numpy as np
 
 from chains.arch import architecture
 from chains.chain import InputSpec
 from chains.cost import count_macs, count_params
 from chains.data.batches import BatchRecipe
+from chains.data.images import ImageSet
 from chains.data.synthetic import PeopleSettings
 from chains.ranking import Ranking
 from chains.train import TrainRecipe
@@ -27,6 +30,7 @@ COLUMNS = (
     *("method", "dataset", "seed", "width", "macs", "params", "map", "rank1"),
     *("trained_after", "images", "compute_macs", "command"),
 )
+CALIBRATION_IMAGES = 1024
 BACKWARD_FACTOR = 3  # a training pass costs a forward and, as usual, two for its gradients
 
 
@@ -61,6 +65,19 @@ def command() -> str:
     """The command line of this run, as a user would type it."""
     module = Path(sys.argv[0]).stem
     return " ".join(["python -m", f"benchmarks.{module}", *sys.argv[1:]])
+
+
+def calibration_images(images: ImageSet, seed: int) -> ImageSet:
+    """A fixed random choice of training images, of many identities and every camera."""
+    return images.take(np.random.default_rng(seed).permutation(len(images))[:CALIBRATION_IMAGES])
+
+
+def write_table(path: Path, rows: Sequence[Mapping[str, object]]) -> None:
+    """A CSV of `rows`, whose first names the columns."""
+    with path.open("w", newline="", encoding="utf-8") as file:
+        writer = csv.DictWriter(file, fieldnames=list(rows[0]), lineterminator="\n", extrasaction="ignore")
+        writer.writeheader()
+        writer.writerows(rows)
 
 
 def append_row(path: Path, row: Mapping[str, object]) -> None:

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from chains.arch import RESNETS, architecture
 from chains.backbones.resnet import BLOCKS, ResNet
 from chains.chain import Chain, InputSpec
-from chains.errors import ChainMismatch
+from chains.errors import ChainMismatch, DataError
 from chains.expand import student
 from chains.width import Width
 
@@ -82,9 +82,14 @@ def load_student(chain: Chain, width: Width) -> ReIDModel:
     return model_of(chain.architecture, width, student(chain, width))
 
 
-def normalise(images: NDArray[np.uint8], input: InputSpec) -> Tensor:
-    """uint8 RGB (n, H, W, 3) → float32 (n, 3, H, W), `(pixel / 255 - mean) / std`."""
-    pixels = torch.from_numpy(images).permute(0, 3, 1, 2).float()
-    mean = torch.tensor(input.mean).view(1, 3, 1, 1) * 255
-    std = torch.tensor(input.std).view(1, 3, 1, 1) * 255
+def normalise(images: NDArray[np.uint8], input: InputSpec, device: torch.device | str = "cpu") -> Tensor:
+    """uint8 RGB (n, H, W, 3) → float32 (n, 3, H, W) on `device`, `(pixel / 255 - mean) / std`. Raises `DataError` for
+    images of another size than `input`."""
+    if images.shape[1:3] != (input.height, input.width):
+        raise DataError(
+            f"images are {images.shape[1]}x{images.shape[2]} pixels (height x width); the model wants "
+            f"{input.height}x{input.width}: read them at that size"
+        )
+    pixels = torch.from_numpy(images).to(device).permute(0, 3, 1, 2).float()
+    mean, std = (torch.tensor(values, device=device).view(1, 3, 1, 1) * 255 for values in (input.mean, input.std))
     return (pixels - mean) / std

@@ -1,114 +1,130 @@
-"""Refinement: from a teacher to a nested chain, by the sandwich.
+"""Refinement: from a teacher to the tensors and partitions of a weight chain, in either mode.
 
-Every step trains the teacher-resolution tensors at full width, at the narrowest and at one random width in between.
-Each pass has the ReID loss, with *one* classifier at teacher resolution whose columns are summed like any other
-layer's; each narrower pass also has the similarity loss against the full width (methods/oskt.md §4). The sandwich is
-that of US-Net (Yu and Huang, ICCV 2019); here a width is a cut of a Ward tree, so its student is made by the very
-`expand` that serves it.
+`nested` (the default) trains every width of a ladder at once; see `chains.nested`. `oskt` is the paper's; see
+`chains.oskt`. Both start from the same teacher and end as a `Refined`, which a `Chain` is made of.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import dataclass
+import hashlib
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from typing import Any
 
 import numpy as np
-import torch
-from numpy.typing import NDArray
-from torch import Tensor, nn
-from torch.func import functional_call
 
-from chains.arch import Architecture
-from chains.chain import InputSpec
-from chains.cut import Cut, NestedTree
-from chains.data.images import ImageSet
-from chains.errors import WidthError
-from chains.expand import expand, sum_runs
-from chains.losses import reid_loss, similarity_loss
-from chains.model import ReIDModel, module_name, numpy_tensors
-from chains.train import Report, Trained, TrainRecipe, autocast, fit
-from chains.tree import grow_trees, in_leaf_order
+from chains.chain import Chain, Floats, InputSpec, Mode
+from chains.cut import Partition
+from chains.data.images import Images
+from chains.errors import DataError, WidthError
+from chains.losses import PAPER_LOSS, LossRecipe
+from chains.model import numpy_tensors
+from chains.nested import NestedRecipe, Sandwich
+from chains.oskt import OneShot, cluster
+from chains.train import Run, Trained, TrainRecipe, fit
+from chains.tree import grow_trees
 from chains.width import Width
-
-SIMILARITY_WEIGHT = 10.0
 
 
 @dataclass(frozen=True, eq=False)
 class Refined:
-    """What refinement leaves: tensors (float32, leaf order) and the tree of every channel group."""
+    """What refinement leaves: the tensors of a chain (float32, leaf order), the partition of every channel group, and
+    the norms of rungs that keep their own."""
 
-    tensors: dict[str, NDArray[np.float32]]
-    trees: dict[str, NestedTree]
+    mode: Mode
+    tensors: Mapping[str, Floats]
+    partitions: Mapping[str, Partition]
+    own_norms: Mapping[Width, Mapping[str, Floats]] = field(default_factory=dict)
 
-
-class Sandwich:
-    """The trainable tensors of a chain under refinement, and the passes through its students."""
-
-    def __init__(self, teacher: Trained, trees: Mapping[str, NestedTree], ladder: tuple[Width, ...]) -> None:
-        self.table: Architecture = teacher.model.table
-        self.trees, self.ladder = trees, ladder
-        orders = {group: tree.order for group, tree in trees.items()}
-        leaves = in_leaf_order(self.table, numpy_tensors(teacher.model), orders)
-        self.tensors = {name: nn.Parameter(torch.from_numpy(values)) for name, values in leaves.items()}
-        self.tensors["neck.bias"].requires_grad_(False)
-        columns = torch.from_numpy(orders[self.table.embedding_group])
-        self.classifier = nn.Parameter(teacher.classifier[:, columns].clone())
-        self.modules = {width: ReIDModel(self.table.name, width).train() for width in ladder}
-        self.cuts = {width: self._cuts(width) for width in ladder}
-
-    def trainable(self) -> list[Tensor]:
-        return [*(tensor for tensor in self.tensors.values() if tensor.requires_grad), self.classifier]
-
-    def forward(self, width: Width, images: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """Feature (batch, m), lifted embedding (batch, N) in leaf order, and logits (batch, pids) of one student."""
-        cuts = self.cuts[width]
-        student = expand(self.tensors, self.table.axes, cuts)
-        state = {module_name(name): tensor for name, tensor in student.items()}
-        feature, embedding = functional_call(self.modules[width], state, (images,))
-        cut = cuts[self.table.embedding_group]
-        logits = embedding.float() @ sum_runs(self.classifier, cut.parts, axis=1).T
-        return feature.float(), embedding.float()[:, torch.from_numpy(cut.part_of())], logits
-
-    def _cuts(self, width: Width) -> dict[str, Cut]:
-        return {group: self.trees[group].cut(size) for group, size in self.table.group_sizes(width).items()}
+    def chain(
+        self,
+        *,
+        name: str,
+        architecture: str,
+        ladder: tuple[Width, ...],
+        teacher: Width,
+        input: InputSpec,
+        license: str,
+        provenance: Mapping[str, Any],
+    ) -> Chain:
+        """A chain of these tensors, in an embedding space of its own; not calibrated yet. Raises as `Chain` does."""
+        return Chain(
+            name=name,
+            architecture=architecture,
+            mode=self.mode,
+            teacher=teacher,
+            ladder=ladder,
+            input=input,
+            embedding_space=f"es-{fingerprint(self.tensors)}",
+            license=license,
+            tensors=self.tensors,
+            partitions=self.partitions,
+            own_norms={width: norms for width, norms in self.own_norms.items() if width in ladder},
+            provenance=provenance,
+        )
 
 
 def refine(
     teacher: Trained,
     ladder: tuple[Width, ...],
-    images: ImageSet,
+    images: Images,
     input: InputSpec,
     recipe: TrainRecipe,
     seed: int,
-    report: Report | None = None,
+    run: Run = Run(),  # noqa: B008 - frozen
+    *,
+    mode: Mode = "nested",
+    validate: Callable[[Refined], Mapping[str, float]] | None = None,
+    nested: NestedRecipe = NestedRecipe(),  # noqa: B008 - frozen
+    oskt_loss: LossRecipe = PAPER_LOSS,
 ) -> Refined:
-    """Refine `teacher` into the tensors of a nested chain with `ladder` (narrow to wide, its last rung the teacher's
-    width). Widths and batches are a function of the seed; `teacher` is left as it was. Raises `WidthError` when the
-    ladder has no rung between its ends or does not end at the teacher."""
-    if len(ladder) < 3 or ladder[-1] != teacher.model.width:
+    """Refine `teacher` into a chain with `ladder`, narrow to wide. Widths and batches are a function of the seed;
+    `teacher` is left as it was.
+
+    recipe: `chains.train.paper_recipe(images, "refine")` is the paper's schedule. validate: measures the chain as it is
+    so far. nested, oskt_loss: for the mode of that name. Raises `WidthError` when the ladder does not end at the
+    teacher's width or, nested, has no rung between its ends; `DataError` when the teacher's classifier is of other
+    identities than `images`; and what `chains.train.fit` raises.
+    """
+    _require_same_identities(teacher, images)
+    tensors = numpy_tensors(teacher.model)
+    objective: Sandwich | OneShot
+    if mode == "nested":
+        trees = grow_trees(teacher.model.table, tensors)
+        objective = Sandwich(teacher, trees, ladder, nested, seed)
+    else:
+        _require_ladder(ladder, teacher.model.width)
+        clusters = cluster(teacher.model.table, tensors, ladder[0])
+        objective = OneShot(teacher, clusters, ladder[0], seed, oskt_loss)
+
+    def refined() -> Refined:
+        own_norms = objective.own_norms() if isinstance(objective, Sandwich) else {}
+        return Refined(mode, objective.tensors(), objective.partitions, own_norms)
+
+    fit(objective, images, input, recipe, seed, run, validate and (lambda: validate(refined())))
+    return refined()
+
+
+def fingerprint(tensors: Mapping[str, Floats]) -> str:
+    """Id of an embedding space: new for every training, the same for every re-calibration. 16 hex digits."""
+    digest = hashlib.sha256()
+    for name in sorted(tensors):
+        digest.update(np.ascontiguousarray(tensors[name]).tobytes())
+    return digest.hexdigest()[:16]
+
+
+def _require_same_identities(teacher: Trained, images: Images) -> None:
+    identities = len(set(images.pids.tolist()))
+    if len(teacher.classifier) != identities:
+        raise DataError(
+            f"the teacher's classifier knows {len(teacher.classifier)} identities, the images have {identities}; "
+            "refine with the images the teacher was trained on"
+        )
+
+
+def _require_ladder(ladder: tuple[Width, ...], teacher: Width) -> None:
+    if not ladder or ladder[-1] != teacher or list(ladder) != sorted(ladder):
         rungs = ", ".join(str(width) for width in ladder)
         raise WidthError(
-            f"a sandwich needs at least three rungs that end at {teacher.model.width}, not {rungs or 'none'}"
+            f"a ladder runs from the narrowest width up to the teacher's, {teacher}, not {rungs or 'none'}"
         )
-    trees = grow_trees(teacher.model.table, numpy_tensors(teacher.model))
-    sandwich = Sandwich(teacher, trees, ladder)
-    widths = np.random.default_rng([seed, 1])
-
-    def backward(pixels: Tensor, labels: Tensor) -> dict[str, float]:
-        full, narrowest = ladder[-1], ladder[0]
-        between = ladder[int(widths.integers(1, len(ladder) - 1))]
-        losses, gallery = {}, None
-        for name, width in (("full", full), ("narrowest", narrowest), ("between", between)):
-            with autocast(recipe):
-                feature, lifted, logits = sandwich.forward(width, pixels)
-            loss = reid_loss(feature, logits, labels)
-            if gallery is None:
-                gallery = lifted.detach()
-            else:
-                loss = loss + SIMILARITY_WEIGHT * similarity_loss(lifted, gallery)
-            loss.backward()  # type: ignore[no-untyped-call]
-            losses[name] = float(loss.detach())
-        return losses
-
-    fit(sandwich.trainable(), backward, images, input, recipe, seed, report)
-    return Refined({name: t.detach().contiguous().numpy().copy() for name, t in sandwich.tensors.items()}, trees)

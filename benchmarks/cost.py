@@ -1,0 +1,140 @@
+"""The cost curve: multiply-adds to provision K = 1 … 50 models, per method, from step counts alone. Nothing is trained.
+
+    python -m benchmarks.cost        # writes benchmarks/results/cost_curve.csv
+
+K models take the widths of the ladder in turn, ¼, ⅜, … 1, ¼ and so on, and nothing is shared between two of them: each
+is trained, or calibrated, for itself. Where two devices have width and site in common every method may share. Units are
+MACs of one image times images; a training pass of an image costs `BACKWARD_FACTOR` = 3 forward passes of it. With
+
+    T = 3 · teacher_images · full                      the teacher
+    D(w) = 3 · downstream_images · macs(w)             a training of width w
+
+and sums over the K widths w, the methods cost
+
+    scratch           Σ D(w)
+    kd                T + Σ (D(w) + downstream_images · full)            the teacher looks at every batch, too
+    depgraph          T + Σ (D(w) + full)                                one image draws the graph
+    weight selection  T + Σ D(w)
+    oskt              T + R + Σ D(w),  R = 3 · refine_images · (full + narrowest)
+    nested, slices    T + R + Σ calibration_images · macs(w),  R = 3 · refine_images · (full + narrowest + between)
+
+where `between` is the mean over the rungs between the ends of the ladder, of which the sandwich draws one a step.
+Losses, optimiser, augmentation, Ward clustering and expansion are not counted; none is a pass over the images.
+"""
+
+from __future__ import annotations
+
+import argparse
+import csv
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from itertools import cycle, islice
+from pathlib import Path
+from statistics import mean
+
+from benchmarks.setup import BACKWARD_FACTOR, FULL, QUARTER, RESULTS, command, macs_of
+from chains.width import even_ladder
+
+LADDER = even_ladder(QUARTER, FULL, 7)
+MODELS = 50
+OUT = RESULTS / "cost_curve.csv"
+COLUMNS = ("method", "models", "compute_macs", "command")
+
+
+@dataclass(frozen=True)
+class Costs:
+    """What the methods cost. macs: of one image at every rung of the ladder, narrow to wide, ending at the teacher.
+    The other fields count training images with repeats, and calibration images per width."""
+
+    macs: Sequence[int]
+    teacher_images: int
+    refine_images: int
+    downstream_images: int
+    calibration_images: int
+
+    @property
+    def full(self) -> int:
+        return self.macs[-1]
+
+    @property
+    def teacher(self) -> int:
+        return BACKWARD_FACTOR * self.teacher_images * self.full
+
+    @property
+    def oskt_chain(self) -> int:
+        return self.teacher + BACKWARD_FACTOR * self.refine_images * (self.full + self.macs[0])
+
+    @property
+    def nested_chain(self) -> int:
+        sandwich = self.full + self.macs[0] + mean(self.macs[1:-1])
+        return self.teacher + round(BACKWARD_FACTOR * self.refine_images * sandwich)
+
+    def of_models(self, models: int) -> int:
+        """MACs of one image through every one of `models` students."""
+        return sum(islice(cycle(self.macs), models))
+
+    @cached_property
+    def terms(self) -> Mapping[str, tuple[int, int, int]]:
+        """Method -> what is paid once, what per image-MAC of its students, what per model."""
+        training = BACKWARD_FACTOR * self.downstream_images
+        return {
+            "scratch": (0, training, 0),
+            "kd": (self.teacher, training, self.downstream_images * self.full),
+            "depgraph": (self.teacher, training, self.full),
+            "weight selection": (self.teacher, training, 0),
+            "oskt": (self.oskt_chain, training, 0),
+            "nested": (self.nested_chain, self.calibration_images, 0),
+            "slices": (self.nested_chain, self.calibration_images, 0),
+        }
+
+    def total(self, method: str, models: int) -> int:
+        """MACs to provision `models` models with `method`."""
+        once, per_mac, per_model = self.terms[method]
+        return once + per_mac * self.of_models(models) + per_model * models
+
+
+def curve(costs: Costs, models: int) -> Iterator[tuple[str, int, int]]:
+    """(method, number of models, MACs) for 1 … `models` of every method."""
+    for method in costs.terms:
+        for count in range(1, models + 1):
+            yield method, count, costs.total(method, count)
+
+
+def main() -> None:
+    options = parse()
+    batch = options.batch
+    costs = Costs(
+        macs=[macs_of(width) for width in LADDER],
+        teacher_images=batch * options.teacher_steps,
+        refine_images=batch * options.refine_steps,
+        downstream_images=batch * options.downstream_steps,
+        calibration_images=options.calibration_images,
+    )
+    write(options.out, costs, options.models)
+    for method in costs.terms:
+        figures = ", ".join(f"{count}: {costs.total(method, count):.3g}" for count in (1, 10, options.models))
+        print(f"{method:17}{figures} MACs")
+
+
+def write(path: Path, costs: Costs, models: int) -> None:
+    with path.open("w", newline="", encoding="utf-8") as file:
+        rows = csv.writer(file, lineterminator="\n")
+        rows.writerow(COLUMNS)
+        rows.writerows((*row, command()) for row in curve(costs, models))
+
+
+def parse() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--teacher-steps", type=int, default=3000)
+    parser.add_argument("--refine-steps", type=int, default=6000)
+    parser.add_argument("--downstream-steps", type=int, default=6000)
+    parser.add_argument("--batch", type=int, default=64, help="images of a step")
+    parser.add_argument("--calibration-images", type=int, default=1024, help="for every width")
+    parser.add_argument("--models", type=int, default=MODELS)
+    parser.add_argument("--out", type=Path, default=OUT)
+    return parser.parse_args()
+
+
+if __name__ == "__main__":
+    main()
