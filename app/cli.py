@@ -1,4 +1,5 @@
-"""The command line of the service: `widthwise serve | migrate | publish | demo`."""
+"""The command line: the service's `widthwise serve | migrate | publish | demo`, and the research commands of
+`chains.cli`, which load torch only when one of them runs."""
 
 from __future__ import annotations
 
@@ -21,6 +22,7 @@ from app.errors import AppError
 from app.main import create_app, wire
 from app.services.demo_chain import publish_demo_chain_if_empty
 from app.settings import Settings, is_loopback
+from chains.cli import cli as research
 from chains.errors import ChainsError
 
 cli = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False)
@@ -34,7 +36,8 @@ Widthwise answers on {url} (docs: {url}/docs). Try:
 
 
 def main() -> None:
-    """Entry point. Expected failures end with one line on standard error and status 1, never with a traceback."""
+    """Entry point. Expected failures end with one line on standard error and status 1 (of a research command: 2), never
+    with a traceback."""
     try:
         cli()
     except ValidationError as error:
@@ -103,6 +106,9 @@ def demo(
     """Act as three devices with different limits against a running service, and measure what they get."""
     settings = Settings()
     typer.echo(run_demo(url or f"http://127.0.0.1:{settings.port}"))
+
+
+cli.add_typer(research)
 
 
 class Announcing(uvicorn.Server):

@@ -50,7 +50,7 @@ class SliceSandwich(Sandwich):
         slices = by_importance(teacher.model.table, numpy_tensors(teacher.model))
         super().__init__(teacher, slices, ladder, recipe, seed)  # type: ignore[arg-type]
 
-    def student(self, width: Width) -> dict[str, Tensor]:
+    def cut_out(self, width: Width) -> dict[str, Tensor]:
         sizes = self.table.group_sizes(width)
         tensors = self.full.tensors()
         return {name: _sliced(tensors[name], sizes, axes.rows, axes.columns) for name, axes in self.table.axes.items()}

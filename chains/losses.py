@@ -96,6 +96,17 @@ def similarity_loss(lifted: Tensor, full: Tensor) -> Tensor:
     return (queries @ gallery.T - gallery @ gallery.T).square().mean()
 
 
+def cross_width_triplet(lifted: Tensor, full: Tensor, labels: Tensor, margin: float = TRIPLET_MARGIN) -> Tensor:
+    """Batch-hard triplet of a student's queries in the full width's gallery, on cosines: mean over queries of max(0,
+    margin + nearest negative - farthest positive), of `lifted` and `full` (batch, D). Both sides learn: the full width
+    has to stay searchable from narrow cameras. A batch of one identity gives zero."""
+    same = labels[:, None] == labels[None, :]
+    cosines = functional.normalize(lifted, dim=1) @ functional.normalize(full, dim=1).T
+    farthest_positive = cosines.masked_fill(~same, torch.inf).amin(dim=1)
+    nearest_negative = cosines.masked_fill(same, -torch.inf).amax(dim=1)
+    return functional.relu(margin + nearest_negative - farthest_positive).mean()
+
+
 def distillation_loss(logits: Tensor, teacher_logits: Tensor, temperature: float) -> Tensor:
     """T² KL(teacher ‖ student) of the logits (batch, pids) softened by temperature T, mean over the batch (Hinton et
     al., 2015). The teacher gets no gradient."""

@@ -29,7 +29,7 @@ from chains.chain import AFFINE, Floats
 from chains.cut import Cut, Partition
 from chains.errors import WidthError
 from chains.expand import expand, sum_runs
-from chains.losses import distillation_loss, reid_loss, similarity_loss
+from chains.losses import cross_width_triplet, distillation_loss, reid_loss, similarity_loss
 from chains.model import ReIDModel, model_of, module_name, numpy_tensors
 from chains.train import Objective, Trained
 from chains.tree import in_leaf_order
@@ -40,13 +40,15 @@ from chains.width import Width
 class NestedRecipe:
     """What the sandwich weighs.
 
-    similarity_weight: of a student's similarity loss against the full width. distillation: the share, 0 to 1, of a
-    student's classification loss that comes from the full width's logits, at temperature 1, instead of the labels.
+    similarity_weight: of a student's similarity loss against the full width. cross_triplet_weight: of the triplet of
+    its queries in the full width's gallery. distillation: the share, 0 to 1, of a student's classification loss that
+    comes from the full width's logits, at temperature 1, instead of the labels.
     own_norms: every narrower rung learns offsets to the merged norms. widths_between: how many random widths a step
     trains besides its two ends. hard_factor: of every pass's triplet loss. Raises `WidthError` outside these bounds.
     """
 
     similarity_weight: float = 10.0
+    cross_triplet_weight: float = 0.0
     distillation: float = 0.5
     own_norms: bool = True
     widths_between: int = 1
@@ -125,7 +127,13 @@ class Sandwich(Objective):
         labelled = self.reid(student, labels, 1 - share)
         distilled = distillation_loss(student.logits, full.logits, temperature=1)
         similarity = similarity_loss(student.lifted, full.lifted)
-        return labelled + share * distilled + self.recipe.similarity_weight * similarity
+        crossing = cross_width_triplet(student.lifted, full.lifted, labels)
+        return (
+            labelled
+            + share * distilled
+            + self.recipe.similarity_weight * similarity
+            + self.recipe.cross_triplet_weight * crossing
+        )
 
     def reid(self, student: Pass, labels: Tensor, classification: float = 1.0) -> Tensor:
         """The ReID loss of one pass; `classification`: the weight of its cross-entropy."""
@@ -141,9 +149,13 @@ class Sandwich(Objective):
 
     def student(self, width: Width) -> dict[str, Tensor]:
         """The tensors of the student, with gradients into this objective's."""
-        merged = expand(self.full.tensors(), self.table.axes, self.cuts[width])
+        merged = self.cut_out(width)
         own = {name: merged[name] + self.offsets[_key(width, name)] for name in self._own(width)}
         return {**merged, **own}
+
+    def cut_out(self, width: Width) -> dict[str, Tensor]:
+        """The student's tensors as the cut makes them, before its own norms."""
+        return expand(self.full.tensors(), self.table.axes, self.cuts[width])
 
     def lift(self, width: Width, embedding: Tensor) -> Tensor:
         """Student embedding (batch, m) → (batch, N) at teacher resolution, in leaf order."""

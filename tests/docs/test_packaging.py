@@ -244,11 +244,10 @@ def test_every_dependency_is_pinned():
 def test_torch_is_pinned_exactly_and_only_the_training_extra_asks_for_it():
     project = PYPROJECT["project"]
     assert not any("torch" in requirement for requirement in project["dependencies"])
-    asking = {
-        extra for extra, names in project["optional-dependencies"].items() if any("torch" in name for name in names)
-    }
+    extras = project["optional-dependencies"]
+    asking = {extra for extra, names in extras.items() if any(re.match(r"torch\b(?!-)", name) for name in names)}
     assert asking == {"train"}
-    (requirement,) = [name for name in project["optional-dependencies"]["train"] if name.startswith("torch")]
+    (requirement,) = [name for name in extras["train"] if name.startswith("torch")]
     assert re.fullmatch(r"torch==\d+\.\d+\.\d+", requirement)
     assert requirement in (ROOT / "constraints.txt").read_text().splitlines()
 

@@ -1,0 +1,165 @@
+"""Which cut and which losses make width pay? One change at a time, on two sites, same teacher, steps and evaluation.
+
+    python -m benchmarks.study --processes 2
+
+Runs are short (1000 steps of 64 images) and of one seed: a difference below a point says nothing. Rows go to
+benchmarks/results/study.csv; `comparison_means.csv` then judges what was chosen, longer and on three seeds.
+"""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Callable, Mapping
+from concurrent.futures import ProcessPoolExecutor, as_completed
+from dataclasses import dataclass, replace
+from multiprocessing import get_context
+from statistics import mean
+from typing import Any
+
+import numpy as np
+import torch
+
+from benchmarks import compare
+from benchmarks.compare import LADDER, SITES, WORK, Rows, Site, images
+from benchmarks.setup import RESULTS, calibration_images, command, recipe, write_table
+from benchmarks.slices import SliceSandwich
+from chains.calibrate import recalibrate
+from chains.chain import Floats
+from chains.cut import NestedTree
+from chains.model import model_of, numpy_tensors
+from chains.nested import NestedRecipe, Sandwich
+from chains.train import Trained, fit
+from chains.tree import group_rows, grow_trees, ward_tree
+
+STEPS, SEED = 1000, 0
+PLAIN = NestedRecipe(distillation=0, own_norms=False, cross_triplet_weight=0, similarity_weight=10, widths_between=1)
+Trees = Mapping[str, NestedTree]
+
+
+def on_rows(teacher: Trained) -> Trees:
+    """Ward trees of the raw rows, as in the paper's clustering."""
+    return grow_trees(teacher.model.table, numpy_tensors(teacher.model))
+
+
+def on_scaled_rows(teacher: Trained) -> Trees:
+    """Ward trees of rows scaled by their norm's γ / σ: what the next layer sees of them."""
+    table, tensors, state = teacher.model.table, numpy_tensors(teacher.model), teacher.model.state_dict()
+    scaled = dict(tensors)
+    for node in table.nodes:
+        if (norm := getattr(node, "norm", None)) and f"{node.name if hasattr(node, 'name') else ''}.weight" in tensors:
+            deviation = np.sqrt(state[f"backbone.{norm}.running_var"].numpy() + 1e-5)
+            gain = tensors[f"{norm}.weight"] / deviation
+            scaled[f"{node.name}.weight"] = tensors[f"{node.name}.weight"] * gain.reshape(-1, 1, 1, 1)
+    return {group: ward_tree(group_rows(scaled, table.writers(group))) for group in table.groups}
+
+
+def balanced(teacher: Trained) -> Trees:
+    """The Ward tree's leaf order, but always halving the longest run: parts of equal size."""
+    return {group: NestedTree(tree.order, _halvings(len(tree.order))) for group, tree in on_rows(teacher).items()}
+
+
+def _halvings(count: int) -> np.ndarray[Any, np.dtype[np.int64]]:
+    runs, splits = [(0, count)], []
+    while runs:
+        runs.sort(key=lambda run: (run[0] - run[1], run[0]))
+        start, stop = runs.pop(0)
+        if stop - start > 1:
+            middle = (start + stop) // 2
+            splits.append(middle)
+            runs += [(start, middle), (middle, stop)]
+    return np.array(splits, dtype=np.int64)
+
+
+def at_random(teacher: Trained) -> Trees:
+    """Trees of random rows: does it matter which channels are merged?"""
+    generator = np.random.default_rng(0)
+    sizes = teacher.model.table.group_sizes(teacher.model.width)
+    return {group: ward_tree(generator.normal(size=(size, 16))) for group, size in sizes.items()}
+
+
+@dataclass(frozen=True)
+class Idea:
+    """A variant: the losses and the trees. `trees` is `None` for slices."""
+
+    recipe: NestedRecipe
+    trees: Callable[[Trained], Trees] | None = on_rows
+
+
+DISTILLED = replace(PLAIN, distillation=0.5)
+OWN = replace(DISTILLED, own_norms=True)
+IDEAS: Mapping[str, Idea] = {
+    "merge": Idea(PLAIN),
+    "slices": Idea(PLAIN, None),
+    "merge, distilled": Idea(DISTILLED),
+    "slices, distilled": Idea(DISTILLED, None),
+    "merge, distilled, own norms": Idea(OWN),
+    "slices, distilled, own norms": Idea(OWN, None),
+    "and cross-width triplet": Idea(replace(OWN, cross_triplet_weight=1)),
+    "and similarity 50": Idea(replace(OWN, similarity_weight=50)),
+    "and cross-width triplet, similarity 50": Idea(replace(OWN, cross_triplet_weight=1, similarity_weight=50)),
+    "and two widths between": Idea(replace(OWN, widths_between=2)),
+    "and labels not used for students": Idea(replace(OWN, distillation=1)),
+    "and no similarity loss": Idea(replace(OWN, similarity_weight=0)),
+    "and trees of scaled rows": Idea(OWN, on_scaled_rows),
+    "and balanced trees": Idea(OWN, balanced),
+    "and random trees": Idea(OWN, at_random),
+}
+
+
+def sandwich(idea: Idea, teacher: Trained) -> Sandwich:
+    if idea.trees is None:
+        return SliceSandwich(teacher, LADDER, idea.recipe, SEED)
+    return Sandwich(teacher, idea.trees(teacher), LADDER, idea.recipe, SEED)
+
+
+def run(site: Site, name: str) -> dict[str, Any]:
+    """Refine with one idea and measure every pair of widths."""
+    torch.set_num_threads(1)
+    teacher, people = compare.load_teacher(site, SEED), images(site, "train")
+    objective = sandwich(IDEAS[name], teacher)
+    fit(objective, people, site.input, recipe(STEPS), SEED)
+    embedded: dict[Any, tuple[Floats, Floats]] = {}
+    for width in LADDER:
+        tensors = {n: tensor.detach().numpy().copy() for n, tensor in objective.student(width).items()}
+        student = model_of(teacher.model.table.name, width, tensors)
+        recalibrate(student, calibration_images(people, SEED), site.input)
+        queries, gallery = (torch.from_numpy(e) for e in compare.embeddings(site, student))
+        embedded[width] = (objective.lift(width, queries).numpy(), objective.lift(width, gallery).numpy())
+    return {"idea": name, "dataset": site.title, "seed": SEED, "images": 64 * STEPS, **figures(site, name, embedded)}
+
+
+def figures(site: Site, name: str, embedded: compare.Embedded) -> dict[str, float]:
+    """mAP of every width, their mean, narrow queries in the full gallery, and the mean over pairs of unlike widths."""
+    crossing: Rows = compare.cross_rows(site, name, SEED, embedded)
+    maps = {(row["query_width"], row["gallery_width"]): float(row["map"]) for row in crossing}
+    own = {f"map_{width.stem}": maps[str(width), str(width)] for width in LADDER}
+    unlike = [value for (query, gallery), value in maps.items() if query != gallery]
+    return {
+        **own,
+        "map_mean": round(mean(own.values()), 2),
+        "map_narrow_to_full": maps[str(LADDER[0]), str(LADDER[-1])],
+        "map_unlike_mean": round(mean(unlike), 2),
+    }
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--processes", type=int, default=2)
+    parser.add_argument("--ideas", nargs="+", choices=IDEAS, default=list(IDEAS))
+    parser.add_argument("--sites", nargs="+", choices=SITES, default=list(SITES))
+    options = parser.parse_args()
+    WORK.mkdir(parents=True, exist_ok=True)
+    teachers = [(0, task) for stage, task in compare.tasks(options.sites, [SEED]) if task[0].startswith("teacher")]
+    compare.run_all(teachers, options.processes)
+    done: dict[tuple[str, str], dict[str, Any]] = {}
+    with ProcessPoolExecutor(options.processes, get_context("spawn")) as pool:
+        jobs = {pool.submit(run, Site(site), name): (site, name) for name in options.ideas for site in options.sites}
+        for job in as_completed(jobs):
+            done[jobs[job]] = {**job.result(), "command": command()}
+            print(done[jobs[job]], flush=True)
+            rows = [done[key] for key in jobs.values() if key in done]
+            write_table(RESULTS / "study.csv", rows)
+
+
+if __name__ == "__main__":
+    main()

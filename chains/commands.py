@@ -1,0 +1,312 @@
+"""What each research command does, once its options are read: values in, the text to print out.
+
+`chains.cli` imports this module when a command runs, so that listing the commands, or serving, loads no torch.
+"""
+
+from __future__ import annotations
+
+import csv
+import io
+import json
+import tomllib
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnxruntime
+from pydantic import TypeAdapter, ValidationError
+
+from chains import pipeline, plots, tables
+from chains.artifact import StoredChain, load, save
+from chains.atomic import write_whole
+from chains.calibrate import calibrate
+from chains.chain import Chain, Floats
+from chains.config import from_toml, mistake_in, overridden, read_config
+from chains.data.images import Images, chunks
+from chains.data.validation import validate as validate_dataset
+from chains.downstream import Downstream, finetune_run
+from chains.errors import ChainFileError, ChainMismatch, ChainsError, DataError
+from chains.evaluate import embed, measure_frontier
+from chains.export import export_safetensors
+from chains.model import load_student
+from chains.onnxfile import EmitOptions
+from chains.onnxfile import write as write_onnx
+from chains.ranking import Truth, rank_blocks, rank_sets, score_blocks
+from chains.rerank import Reranking, reranked_blocks
+from chains.sources import Source, choose, open_source, parse_source, read_dataset, sized
+from chains.train import TrainRecipe, paper_recipe
+from chains.width import Width
+
+Say = Callable[[str], None]
+
+
+def refine(
+    path: Path,
+    out: Path | None,
+    *,
+    resume: bool,
+    seed: int | None,
+    steps: int | None,
+    device: str | None,
+    say: Say,
+) -> str:
+    """`widthwise refine`."""
+    config = overridden(read_config(path), {"seed": seed, "device": device})
+    folder = out or Path("runs") / config.name
+    stored = pipeline.run_refinement(config, folder, resume=resume, steps=steps, say=say)
+    return "" if stored is None else f"{described(stored)}\n{folder / pipeline.CHAIN}: sha256 {stored.digest}"
+
+
+def calibrated(chain: Path, data: str, out: Path, *, images: int, seed: int) -> str:
+    """`widthwise calibrate`."""
+    require_free(out)
+    stored = load_chain(chain)
+    source = images_for(stored.chain, data)
+    new = save(calibrate(stored.chain, choose(source.train, images, seed)), out)
+    return f"{out}: {len(new.chain.ladder)} widths calibrated, sha256 {new.digest}"
+
+
+def evaluate(
+    chain: Path,
+    data: str,
+    *,
+    widths: Sequence[str],
+    rerank: bool,
+    as_json: bool,
+    plots_to: Path | None,
+    write: Path | None,
+    seed: int,
+) -> str:
+    """`widthwise evaluate`."""
+    if chain.suffix == ".onnx":
+        return evaluate_onnx(chain, data, rerank=rerank, as_json=as_json)
+    if write is not None:
+        require_free(write)
+        if widths:
+            raise DataError("a stored frontier covers the whole ladder; give --write or --width, not both")
+    stored = load_chain(chain)
+    measured = with_frontier(stored, images_for(stored.chain, data), widths, rerank=rerank, seed=seed)
+    report = pipeline.report_of(measured)
+    lines = [json.dumps(report, indent=2) if as_json else tables.report_text(report)]
+    if plots_to is not None:
+        write_plots(plots_to, measured.chain)
+    if write is not None:
+        written = save(measured.chain, write)
+        lines += [] if as_json else [f"\n{write}: sha256 {written.digest}"]
+    return "\n".join(lines)
+
+
+def evaluate_onnx(path: Path, data: str, *, rerank: bool, as_json: bool) -> str:
+    """Accuracy of one ONNX file of this program, in onnxruntime."""
+    model = OnnxModel(path)
+    source = open_source(sized(parse_source(data), model.height, model.width))
+    queries, gallery = model.embed(source.query), model.embed(source.gallery)
+    truth = Truth.of(source.query, source.gallery)
+    blocks = reranked_blocks(queries, gallery, truth, Reranking()) if rerank else score_blocks(queries, gallery, truth)
+    ranking = rank_blocks(blocks, truth)
+    low, high = ranking.map_interval()
+    figures = {"map": ranking.map, "map_low": low, "map_high": high, "minp": ranking.minp}
+    figures |= {f"rank{rank}": ranking.rank(rank) for rank in (1, 5, 10)}
+    rounded = {name: round(value, 2) for name, value in figures.items()}
+    if as_json:
+        return json.dumps({"model": path.name, "dataset": source.name, **rounded}, indent=2)
+    return f"{path.name} on {source.name}\n\n" + tables.text_table([list(rounded), [str(v) for v in rounded.values()]])
+
+
+def finetune(
+    chain: Path,
+    width: str,
+    data: str,
+    out: Path,
+    *,
+    recipe: Path | None,
+    steps: int | None,
+    lr: float | None,
+    seed: int,
+    device: str,
+    resume: bool,
+    say: Say,
+) -> str:
+    """`widthwise finetune`."""
+    stored = load_chain(chain)
+    source = images_for(stored.chain, data)
+    chosen = paper_recipe(source.train, "finetune") if recipe is None else read_recipe(recipe)
+    chosen = replace(chosen, steps=steps or chosen.steps, lr=lr or chosen.lr)
+    task = Downstream(stored, Width.parse(width), source, chosen, seed, device)
+    outcome = finetune_run(task, out, resume=resume, say=say)
+    if outcome is None:
+        return ""
+    before, after = outcome
+    figures = [[name, f"{r.map:.1f}", f"{r.rank(1):.1f}"] for name, r in (("before", before), ("after", after))]
+    return tables.text_table([["finetuning", "mAP %", "Rank-1"], *figures]) + f"\n{out}"
+
+
+def compare(chains: Sequence[Path], data: str, out: Path | None, *, rerank: bool, seed: int) -> str:
+    """`widthwise compare`."""
+    stored = [load_chain(path) for path in chains]
+    names = [one.chain.name for one in stored]
+    if len(set(names)) < len(names):  # the same chain, retrained: told apart by their files
+        names = [str(path) for path in chains]
+    measured = [with_frontier(one, images_for(one.chain, data), (), rerank=rerank, seed=seed) for one in stored]
+    reports = [{**pipeline.report_of(one), "chain": name} for one, name in zip(measured, names, strict=True)]
+    lines = [f"on {reports[0]['dataset']}", tables.comparison(reports), *across(stored, names, data)]
+    if out is not None:
+        out.mkdir(parents=True, exist_ok=True)
+        curves = [
+            replace(plots.curve_of(one.chain, one.chain.frontier), name=name)
+            for one, name in zip(measured, names, strict=True)
+            if one.chain.frontier is not None
+        ]
+        write_whole(out / "frontier.png", plots.frontier_png(curves, reports[0]["dataset"]))
+        write_whole(out / "compare.csv", comparison_csv(reports).encode())
+    return "\n\n".join(lines)
+
+
+def export(chain: Path, width: str, format: str, out: Path, options: Mapping[str, Any]) -> str:
+    """`widthwise export`."""
+    require_free(out)
+    stored = load_chain(chain)
+    if format == "onnx":
+        write_whole(out, write_onnx(stored, Width.parse(width), EmitOptions(**options)))
+    elif format == "safetensors":
+        if options:
+            raise DataError(f"--{min(options)} is for --format onnx; a safetensors file holds the bare network")
+        export_safetensors(stored, Width.parse(width), out)
+    else:
+        raise DataError(f"no format is called '{format}'; there are onnx and safetensors")
+    return f"{out}: {out.stat().st_size:,} bytes, {stored.chain.name} at {width}"
+
+
+def validate(data: str, *, decode: bool, as_json: bool, say: Say) -> tuple[str, bool]:
+    """`widthwise validate`: the report, and whether the data set is usable."""
+
+    def progress(done: int, files: int) -> None:
+        if done % 5000 == 0:
+            say(f"{done:,} of {files:,} files")
+
+    report = validate_dataset(read_dataset(parse_source(data)), decode, progress=progress)
+    return report.json() if as_json else report.table(), report.is_usable
+
+
+# --- parts
+
+
+class OnnxModel:
+    """An ONNX file of this program, run on the CPU. Raises `ChainFileError` for files without our metadata."""
+
+    def __init__(self, path: Path) -> None:
+        try:
+            self.session = onnxruntime.InferenceSession(path.read_bytes(), providers=["CPUExecutionProvider"])
+        except Exception as error:  # the runtime has an exception class for every kind of broken file
+            raise ChainFileError(f"'{path}' is no ONNX file that runs: {error}") from error
+        marks = self.session.get_modelmeta().custom_metadata_map
+        try:
+            self.height, self.width = (int(side) for side in marks["reid.input_size"].split("x"))
+            self.mean, self.std = (np.array(json.loads(marks[f"reid.{name}"]), np.float32) for name in ("mean", "std"))
+        except (KeyError, ValueError) as error:
+            raise ChainFileError(f"'{path}' lacks the metadata of a model of this program: {error}") from error
+        self.takes_pixels = self.session.get_inputs()[0].type == "tensor(uint8)"
+
+    def embed(self, images: Images) -> Floats:
+        outputs = [self.session.run(None, {"images": self._input(pixels)})[0] for pixels in chunks(images, 64)]
+        embedded: Floats = np.concatenate(outputs)
+        return embedded
+
+    def _input(self, pixels: Any) -> Any:
+        if self.takes_pixels:
+            return pixels
+        scaled = (pixels.astype(np.float32) / np.float32(255) - self.mean) / self.std
+        return np.ascontiguousarray(scaled.transpose(0, 3, 1, 2))
+
+
+def load_chain(path: Path) -> StoredChain:
+    """The chain in `path`; errors name the file."""
+    try:
+        return load(path)
+    except (OSError, ChainFileError) as error:
+        raise ChainFileError(f"{path}: {error}") from error
+
+
+def images_for(chain: Chain, data: str) -> Source:
+    """The images that `data` names, as crops of the size that `chain` wants."""
+    return open_source(sized(parse_source(data), chain.input.height, chain.input.width))
+
+
+def with_frontier(
+    stored: StoredChain, source: Source, widths: Sequence[str], *, rerank: bool, seed: int
+) -> StoredChain:
+    """`stored` with a new frontier, of some `widths` only where they are named."""
+    chain = stored.chain
+    if widths:
+        chosen = tuple(sorted({Width.parse(text) for text in widths}))
+        statistics = {width: chain.require_calibrated(width) for width in chosen}
+        chain = replace(chain, ladder=chosen, statistics=statistics, frontier=None)
+    trained_after = stored.chain.frontier is not None and stored.chain.frontier.trained_after_expansion
+    reranking = Reranking() if rerank else None
+    frontier = measure_frontier(chain, source.query, source.gallery, source.name, seed, reranking)
+    return replace(stored, chain=replace(chain, frontier=replace(frontier, trained_after_expansion=trained_after)))
+
+
+def across(stored: Sequence[StoredChain], names: Sequence[str], data: str) -> Iterator[str]:
+    """mAP of queries of one chain against the gallery of another, all at full width, where they are as long."""
+    dims = {one.chain.embedding_dim for one in stored}
+    if len(stored) < 2 or len(dims) > 1:
+        return
+    sides = [_embedded(one.chain, images_for(one.chain, data)) for one in stored]
+    truth = images_for(stored[0].chain, data)
+    maps = [[rank_sets(query, gallery, truth.query, truth.gallery).map for _, gallery in sides] for query, _ in sides]
+    yield "mAP in percent at full width, queries of the row's chain in the gallery of the column's:"
+    yield tables.matrix(names, names, [[f"{value:.1f}" for value in row] for row in maps])
+
+
+def _embedded(chain: Chain, source: Source) -> tuple[Floats, Floats]:
+    """Query and gallery embeddings in the common space, at the widest rung."""
+    width = chain.ladder[-1]
+    model, lift = load_student(chain, width), chain.lift(width)
+    query, gallery = (embed(model, images, chain.input)[:, lift] for images in (source.query, source.gallery))
+    return query, gallery
+
+
+def comparison_csv(reports: Sequence[Mapping[str, Any]]) -> str:
+    """A row per chain and width."""
+    text = io.StringIO()
+    columns = ("chain", "digest", "dataset", "width", "macs", "params", "map", "map_low", "map_high", "rank1", "minp")
+    writer = csv.DictWriter(text, columns, lineterminator="\n", extrasaction="ignore")
+    writer.writeheader()
+    for report in reports:
+        for row in report["widths"]:
+            low, high = row["map_ci95"]
+            writer.writerow({**report, **row, "map_low": low, "map_high": high})
+    return text.getvalue()
+
+
+def write_plots(folder: Path, chain: Chain) -> None:
+    if chain.frontier is None:
+        raise ChainMismatch(f"chain '{chain.name}' has no frontier to draw")
+    folder.mkdir(parents=True, exist_ok=True)
+    pipeline.write_pictures(folder, chain, chain.frontier, None)
+
+
+def read_recipe(path: Path) -> TrainRecipe:
+    """A `TrainRecipe` from a TOML file. Raises `DataError` that names the file and the field."""
+    try:
+        return TypeAdapter(TrainRecipe).validate_python(from_toml(tomllib.loads(path.read_text(encoding="utf-8"))))
+    except ValidationError as error:
+        raise DataError(f"{path}: {mistake_in(error)}") from error
+    except (OSError, ValueError, ChainsError) as error:
+        raise DataError(f"{path}: {error}") from error
+
+
+def described(stored: StoredChain) -> str:
+    """A chain and its frontier in words."""
+    return tables.report_text(pipeline.report_of(stored))
+
+
+def require_free(path: Path) -> None:
+    """Files are never overwritten."""
+    if path.exists():
+        raise DataError(f"{path} exists already; name another file")
+    if not path.parent.is_dir():
+        raise DataError(f"{path} cannot be written: there is no folder {path.parent}")

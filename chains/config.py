@@ -1,0 +1,267 @@
+"""The configuration of a run: a TOML file, checked, resolved, and written back so that it reproduces the run.
+
+    [data]        which images                   [refinement]   ladder, mode, recipe
+    [teacher]     architecture, width, recipe    [evaluation]   what is measured        [output]   how often is written
+
+Recipes are the dataclasses of the engine itself (`TrainRecipe`, `BatchRecipe`, …), field by field, so the file can say
+all that Python can. TOML has no null: where an option may be absent (`clip_norm`), write "none". Paths are relative to
+the folder of the file that names them.
+"""
+
+from __future__ import annotations
+
+import os
+import tomllib
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Annotated, Any, Literal, Self
+
+import tomli_w
+from pydantic import (
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Field,
+    PlainSerializer,
+    ValidationError,
+    model_validator,
+)
+
+from chains.arch import architecture_names
+from chains.data.readers import KINDS
+from chains.data.readers.dataset import Boxes, Camera
+from chains.errors import ChainsError, DataError
+from chains.losses import LossRecipe
+from chains.nested import NestedRecipe
+from chains.train import TrainRecipe
+from chains.width import Width, even_ladder
+
+NULL = "none"
+SYNTHETIC = ("synthetic", "synthetic:station")
+DATA_KINDS = ("auto", *SYNTHETIC, *KINDS)
+
+
+def _width(value: object) -> object:
+    """`16x2-4-8`, `"16"` and `16` are all a width."""
+    if isinstance(value, str | int) and not isinstance(value, bool):
+        try:
+            return Width.parse(str(value))
+        except ChainsError as error:
+            raise ValueError(str(error)) from error
+    return value
+
+
+def _known(names: tuple[str, ...]) -> BeforeValidator:
+    def check(value: object) -> object:
+        if value not in names:
+            raise ValueError(f"'{value}' is none of {', '.join(names)}")
+        return value
+
+    return BeforeValidator(check)
+
+
+WidthText = Annotated[Width, BeforeValidator(_width), PlainSerializer(str, return_type=str)]
+
+
+class _Strict(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+
+class DataConfig(_Strict):
+    """Which images. `kind`: a layout, "auto" (found out from `root`), "synthetic" or "synthetic:station". `height`,
+    `width`: of the crops; default 256 × 128, for synthetic people 128 × 64. `people`: fields of `PeopleSettings`, for
+    synthetic people. The others are those of `chains.data.readers.ReadOptions`."""
+
+    kind: Annotated[str, _known(DATA_KINDS)] = "auto"
+    root: Path | None = None
+    height: int | None = Field(None, ge=16, le=4096)
+    width: int | None = Field(None, ge=16, le=4096)
+    seed: int = Field(0, ge=0)
+    boxes: Boxes = "detected"
+    has_val_in_train: bool = False
+    query_camera: Camera = "a"
+    queries_per_identity: int = Field(1, ge=1)
+    people: dict[str, int] = Field(default_factory=dict)
+
+    @property
+    def is_synthetic(self) -> bool:
+        return self.kind in SYNTHETIC
+
+    @property
+    def size(self) -> tuple[int, int]:
+        """(height, width) of the crops."""
+        height, width = (128, 64) if self.is_synthetic else (256, 128)
+        return self.height or height, self.width or width
+
+    @model_validator(mode="after")
+    def _check(self) -> Self:
+        if self.is_synthetic == (self.root is not None):
+            raise ValueError("root is the folder or CSV file of the images; every kind but the synthetic ones needs it")
+        if self.people and not self.is_synthetic:
+            raise ValueError("people are settings of the synthetic kinds")
+        return self
+
+
+class TeacherConfig(_Strict):
+    """The teacher: trained by `train` (or the `preset`), or taken as it is from `source`, a run directory or its
+    `teacher.safetensors`. `start`: a student or teacher file whose weights training begins with."""
+
+    architecture: Annotated[str, _known(architecture_names())] = "resnet50"
+    width: WidthText = Width(64)
+    source: Path | None = None
+    start: Path | None = None
+    preset: Literal["paper"] | None = None
+    train: TrainRecipe | None = None
+    loss: LossRecipe = Field(default_factory=LossRecipe)
+
+    @model_validator(mode="after")
+    def _check(self) -> Self:
+        if sum(given is not None for given in (self.source, self.preset, self.train)) != 1:
+            raise ValueError("give one of source, preset and train: where the teacher comes from")
+        if self.source is not None and self.start is not None:
+            raise ValueError("start is for a teacher that is trained; one from source is taken as it is")
+        return self
+
+
+class RefinementConfig(_Strict):
+    """The ladder, as a list or as `rungs` even steps from `narrowest` to the teacher's width, and how it is refined.
+    `nested`: of that mode; `loss`: of mode "oskt", where the preset takes the paper's."""
+
+    mode: Literal["nested", "oskt"] = "nested"
+    ladder: tuple[WidthText, ...] | None = None
+    narrowest: WidthText | None = None
+    rungs: int = Field(7, ge=2, le=256)
+    preset: Literal["paper"] | None = None
+    train: TrainRecipe | None = None
+    nested: NestedRecipe = Field(default_factory=NestedRecipe)
+    loss: LossRecipe | None = None
+
+    @model_validator(mode="after")
+    def _check(self) -> Self:
+        if (self.train is None) == (self.preset is None):
+            raise ValueError("give one of preset and train: how long and how fast to refine")
+        if (self.ladder is None) == (self.narrowest is None):
+            raise ValueError("give one of ladder and narrowest: the widths on offer")
+        if self.loss is not None and self.mode != "oskt":
+            raise ValueError("loss belongs to mode 'oskt'; in mode 'nested' it is nested.loss")
+        return self
+
+    def rungs_to(self, full: Width) -> tuple[Width, ...]:
+        """The ladder under a teacher of width `full`. Raises `WidthError` where there is none."""
+        if self.narrowest is None:
+            return self.ladder or ()
+        return even_ladder(self.narrowest, full, self.rungs)
+
+
+class EvaluationConfig(_Strict):
+    """What is measured. `calibration_images`: how many training images give the statistics. `validation_identities`:
+    how many of the test identities are looked at while training; 0: none. `seed`: of the bootstrap and the choices."""
+
+    seed: int = Field(0, ge=0)
+    calibration_images: int = Field(1024, ge=256)
+    validation_identities: int = Field(50, ge=0)
+
+
+class OutputConfig(_Strict):
+    """How often, in steps, a line is reported, a checkpoint written, the validation made."""
+
+    report_steps: int = Field(50, ge=1)
+    checkpoint_steps: int = Field(500, ge=1)
+    validate_steps: int = Field(1000, ge=1)
+
+
+class Config(_Strict):
+    """A run. `name` becomes the chain's."""
+
+    name: str = Field(pattern=r"^[a-z0-9][a-z0-9._-]{0,62}$")
+    license: str = Field(min_length=1, max_length=200)
+    seed: int = Field(0, ge=0)
+    device: Literal["cpu", "cuda"] = "cpu"
+    data: DataConfig
+    teacher: TeacherConfig
+    refinement: RefinementConfig
+    evaluation: EvaluationConfig = Field(default_factory=EvaluationConfig)
+    output: OutputConfig = Field(default_factory=OutputConfig)
+
+
+PATHS = (("data", "root"), ("teacher", "source"), ("teacher", "start"))
+
+
+def read_config(path: Path) -> Config:
+    """The configuration in `path`, its paths as seen from here. Raises `DataError` naming the file and the field."""
+    try:
+        content = tomllib.loads(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise DataError(f"{path}: cannot be read: {error.strerror or error}") from error
+    except ValueError as error:  # of TOML and of UTF-8
+        raise DataError(f"{path}: is no TOML: {error}") from error
+    return parse_config(content, str(path), path.parent)
+
+
+def parse_config(content: Mapping[str, Any], where: str, folder: Path) -> Config:
+    """A configuration from plain values; relative paths start at `folder`. `where` names it in errors."""
+    moved = _with_paths(from_toml(content), lambda path: os.path.normpath(folder / path))
+    try:
+        return Config.model_validate(moved)
+    except ValidationError as error:
+        raise DataError(f"{where}: {mistake_in(error)}") from error
+    except ChainsError as error:  # a recipe that refuses its values
+        raise DataError(f"{where}: {error}") from error
+
+
+def overridden(config: Config, given: Mapping[str, Any]) -> Config:
+    """`config` with options of the command line in place of its own; `None` is not given. Raises `DataError`."""
+    try:
+        return Config.model_validate({**dict(config), **{name: v for name, v in given.items() if v is not None}})
+    except ValidationError as error:
+        raise DataError(f"--{mistake_in(error)}") from error
+
+
+def mistake_in(error: ValidationError) -> str:
+    """The first mistake that was found: its field and what is wrong."""
+    mistake = error.errors()[0]
+    field = ".".join(str(part) for part in mistake["loc"]) or "the file"
+    return f"{field}: {mistake['msg'].removeprefix('Value error, ')}"
+
+
+def dumps(config: Config, folder: Path) -> str:
+    """`config` as TOML for a file in `folder`: every option, paths relative to the folder."""
+    values = _with_paths(config.model_dump(mode="json"), lambda path: os.path.relpath(path, folder))
+    return tomli_w.dumps(to_toml(values))
+
+
+def differences(one: Config, other: Config) -> list[str]:
+    """`field: value, not value` for every option in which the two differ."""
+    left, right = (dict(_leaves(config.model_dump(mode="json"))) for config in (one, other))
+    names = sorted(left.keys() | right.keys())
+    return [f"{n}: {left.get(n)}, not {right.get(n)}" for n in names if left.get(n) != right.get(n)]
+
+
+def _leaves(value: Any, name: str = "") -> list[tuple[str, Any]]:
+    if not isinstance(value, dict):
+        return [(name, value)]
+    return [leaf for key, inner in value.items() for leaf in _leaves(inner, f"{name}.{key}" if name else key)]
+
+
+def from_toml(value: Any) -> Any:
+    """TOML's "none" as None, everywhere."""
+    if isinstance(value, Mapping):
+        return {key: from_toml(inner) for key, inner in value.items()}
+    return None if value == NULL else value
+
+
+def to_toml(value: Any) -> Any:
+    """None as "none", everywhere."""
+    if isinstance(value, dict):
+        return {key: to_toml(inner) for key, inner in value.items()}
+    return NULL if value is None else value
+
+
+def _with_paths(values: dict[str, Any], move: Callable[[str], str]) -> dict[str, Any]:
+    """`values` with every path in it moved."""
+    moved = {key: dict(inner) if isinstance(inner, dict) else inner for key, inner in values.items()}
+    for section, name in PATHS:
+        table = moved.get(section)
+        if isinstance(table, dict) and isinstance(table.get(name), str):
+            table[name] = move(table[name])
+    return moved

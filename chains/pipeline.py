@@ -1,0 +1,361 @@
+"""A whole run: teacher, refinement, calibration, frontier, and the directory that holds what came of it.
+
+    config.toml                         the resolved configuration; running it again gives the same chain
+    metrics.jsonl, tensorboard/         what happened, see `chains.runlog`
+    checkpoint-teacher.safetensors      to go on from after a kill, one per stage
+    checkpoint-refinement.safetensors
+    teacher.safetensors                 the teacher and its classifier, see `chains.export`
+    chain.safetensors, report.json      the result
+    frontier.png, cross_width.png, curves.png
+
+Every stage starts from its checkpoint where there is one, and a stage that is complete only loads it. So a run that was
+killed anywhere and started again with `resume` ends with the same chain, digest for digest, on the same machine and
+number of threads. Under torchrun all processes train and the first one writes.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Mapping
+from contextlib import ExitStack
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from chains import plots
+from chains.artifact import StoredChain, load, save
+from chains.atomic import write_whole
+from chains.calibrate import BATCH, calibrate
+from chains.chain import Chain, Frontier, InputSpec
+from chains.config import Config, TeacherConfig, differences, dumps, read_config
+from chains.cost import count_macs, count_params
+from chains.data.images import Images
+from chains.data.readers import detect
+from chains.errors import ChainMismatch, DataError
+from chains.evaluate import evaluate_model, measure_frontier
+from chains.export import load_exported, load_trained, origin, read_exported, save_trained
+from chains.losses import PAPER_LOSS
+from chains.model import load_student
+from chains.processes import Processes, joined
+from chains.refine import Refined, refine
+from chains.runlog import RunLog
+from chains.sources import Source, choose, first_identities, open_source
+from chains.train import Progress, Run, Trained, line_of, paper_recipe, train_alone
+from chains.width import Width
+
+Say = Callable[[str], None]
+IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
+CONFIG, CHAIN, TEACHER, REPORT = "config.toml", "chain.safetensors", "teacher.safetensors", "report.json"
+
+
+def run_refinement(
+    config: Config, folder: Path, *, resume: bool, say: Say, steps: int | None = None
+) -> StoredChain | None:
+    """Do the whole run in `folder` and return its chain; `None` in every process but the first. `steps`: of the
+    refinement, instead of its recipe's.
+
+    Raises `DataError` when the folder holds something and `resume` was not asked for, or when what it holds is another
+    run; and what the stages raise.
+    """
+    with joined(config.device) as team, ExitStack() as stack:
+        if team.is_first:
+            require_room(folder, resume=resume)
+        source = open_source(config.data)
+        if len(source.train) < BATCH:  # found out now, not after the training
+            raise DataError(
+                f"{len(source.train)} training images cannot calibrate a chain; at least {BATCH} are needed"
+            )
+        config = resolve(config, source.train, steps)
+        if team.is_first:
+            claim_folder(folder, config)
+            for note in source.notes:
+                say(f"{source.name}: {note}")
+        team.wait()
+        if (folder / REPORT).exists():
+            if team.is_first:
+                say(f"{folder} is complete; nothing is left to do")
+            return load(folder / CHAIN) if team.is_first else None
+        log = stack.enter_context(RunLog(folder)) if team.is_first else None
+        return _Stages(config, folder, source, team, log, say).run()
+
+
+def resolve(config: Config, train: Images, steps: int | None = None) -> Config:
+    """`config` with everything spelt out that depends on the images or on presets, so that it stands for itself;
+    `steps` replaces those of the refinement."""
+    data, teacher, refinement = config.data, config.teacher, config.refinement
+    if data.kind == "auto" and data.root is not None:
+        data = data.model_copy(update={"kind": detect(data.root).kind})
+    height, width = data.size
+    if teacher.preset is not None:
+        spelt_out = {"preset": None, "train": paper_recipe(train, "teacher"), "loss": PAPER_LOSS}
+        teacher = teacher.model_copy(update=spelt_out)
+    recipe = refinement.train or paper_recipe(train, "refine")
+    changes: dict[str, Any] = {
+        "ladder": refinement.rungs_to(teacher.width),
+        "narrowest": None,
+        "preset": None,
+        "train": recipe if steps is None else replace(recipe, steps=steps),
+    }
+    if refinement.mode == "oskt" and refinement.loss is None:
+        changes["loss"] = PAPER_LOSS
+    return config.model_copy(
+        update={
+            "data": data.model_copy(update={"height": height, "width": width}),
+            "teacher": teacher,
+            "refinement": refinement.model_copy(update=changes),
+        }
+    )
+
+
+def require_room(folder: Path, *, resume: bool) -> None:
+    """Raises `DataError` for a run directory that holds something, unless it is a run that shall be resumed."""
+    if not folder.exists() or not any(folder.iterdir()):
+        return
+    if not resume:
+        raise DataError(f"{folder} is not empty; go on with what it holds by --resume, or name another --out")
+    if not (folder / CONFIG).exists():
+        raise DataError(f"{folder} holds no {CONFIG}, so it is no run to resume; name another --out")
+
+
+def claim_folder(folder: Path, config: Config) -> None:
+    """Make `folder` the directory of this run. Raises `DataError` when it is another's."""
+    folder.mkdir(parents=True, exist_ok=True)
+    if (folder / CONFIG).exists() and (different := differences(read_config(folder / CONFIG), config)):
+        raise DataError(f"{folder} holds another run: {different[0]}; name another --out, or the same options")
+    write_whole(folder / CONFIG, dumps(config, folder).encode())
+
+
+class Recorder:
+    """Hands the progress of a stage to the terminal and to the log, every so many steps."""
+
+    def __init__(self, stage: str, log: RunLog, steps: int, say: Say) -> None:
+        self.stage, self.log, self.steps, self.say = stage, log, steps, say
+        self.has_begun = False
+
+    def __call__(self, progress: Progress) -> None:
+        if not self.has_begun:  # the first news are of the checkpoint's step, if validated, or of the one after it
+            self.log.rewind(self.stage, progress.step if progress.metrics else progress.step - 1)
+            self.has_begun = True
+        if progress.metrics:
+            self._write_validation(progress)
+        elif progress.step % self.steps == 0 or progress.step == progress.steps:
+            self.say(f"{self.stage}: {line_of(progress)}")
+            self.log.write(self.stage, step=progress.step, losses=dict(progress.losses), **_pace(progress))
+
+    def _write_validation(self, progress: Progress) -> None:
+        """A resumed run validates its checkpoint again; the log has it already, unless the kill came in between."""
+        self.say(f"{self.stage}: {line_of(progress)}")
+        known = (event for event in self.log.events() if event["stage"] == self.stage and "validation" in event)
+        if all(event["step"] != progress.step for event in known):
+            self.log.write(self.stage, step=progress.step, validation=dict(progress.metrics))
+
+
+def _pace(progress: Progress) -> dict[str, float]:
+    return {
+        "lr": progress.learning_rate,
+        "images_per_s": round(progress.images_per_s, 1),
+        "eta_s": round(progress.eta_s, 1),
+    }
+
+
+@dataclass(frozen=True, eq=False)
+class _Stages:
+    """The stages of one run, in order. log: in the first process only."""
+
+    config: Config
+    folder: Path
+    source: Source
+    team: Processes
+    log: RunLog | None
+    say: Say
+
+    def run(self) -> StoredChain | None:
+        teacher, spec = self.teacher()
+        refined = self.refine(teacher, spec)
+        if self.log is None:
+            return None
+        self.say("calibration and evaluation of every width")
+        ranking = evaluate_model(teacher.model, self.source.query, self.source.gallery, spec)
+        chain = self.new_chain(refined, self.ladder, spec, {"teacher_map": round(ranking.map, 2)})
+        chain = calibrate(chain, self.calibration_images(self.config.evaluation.calibration_images))
+        seed = self.config.evaluation.seed
+        frontier = measure_frontier(chain, self.source.query, self.source.gallery, self.source.name, seed)
+        stored = save(replace(chain, frontier=frontier), self.folder / CHAIN)
+        self.log.rewind("frontier", -1)
+        self.log.write("frontier", map={str(measured.width): measured.map for measured in frontier.widths})
+        write_pictures(self.folder, stored.chain, frontier, self.log)
+        report = {"teacher": {"map": round(ranking.map, 2), "rank1": round(ranking.rank(1), 2)}, **report_of(stored)}
+        write_whole(self.folder / REPORT, _json(report))
+        return stored
+
+    @property
+    def ladder(self) -> tuple[Width, ...]:
+        return self.config.refinement.rungs_to(self.config.teacher.width)
+
+    def teacher(self) -> tuple[Trained, InputSpec]:
+        """The teacher, from its file or trained, and what it wants to see."""
+        config = self.config.teacher
+        spec = InputSpec(*self.config.data.size, IMAGENET_MEAN, IMAGENET_STD)
+        if config.source is not None:
+            trained, spec = _taken(config, config.source, self.config.data.size)
+        else:
+            trained = self.train_teacher(config, spec)
+        if self.team.is_first:
+            mark = origin("teacher", trained.model, spec, self.config.license)
+            save_trained(trained, mark, self.folder / TEACHER)
+        return trained, spec
+
+    def train_teacher(self, config: TeacherConfig, input: InputSpec) -> Trained:
+        if config.train is None:
+            raise DataError("the teacher has neither a source nor a recipe")
+        count = self.config.evaluation.validation_identities
+        query, gallery = self.validation_images()
+
+        def validate(trained: Trained) -> Mapping[str, float]:
+            ranking = evaluate_model(trained.model, query, gallery, input)
+            return {"map": ranking.map, "rank1": ranking.rank(1)}
+
+        return train_alone(
+            config.architecture,
+            config.width,
+            self.source.train,
+            input,
+            config.train,
+            self.config.seed,
+            self.engine("teacher"),
+            validate=validate if count else None,
+            loss=config.loss,
+            start=None if config.start is None else load_exported(config.start),
+        )
+
+    def refine(self, teacher: Trained, input: InputSpec) -> Refined:
+        config, count = self.config.refinement, self.config.evaluation.validation_identities
+        query, gallery = self.validation_images()
+        if config.train is None:
+            raise DataError("the refinement has no recipe")
+
+        def validate(refined: Refined) -> Mapping[str, float]:
+            """mAP of the chain's two ends, as it would be served now."""
+            ends = (self.ladder[0], self.ladder[-1])
+            chain = calibrate(self.new_chain(refined, ends, input, {}), self.calibration_images(BATCH))
+            rankings = (evaluate_model(load_student(chain, width), query, gallery, input) for width in ends)
+            return {f"map {name}": r.map for name, r in zip(("narrowest", "full"), rankings, strict=True)}
+
+        return refine(
+            teacher,
+            self.ladder,
+            self.source.train,
+            input,
+            config.train,
+            self.config.seed,
+            self.engine("refinement"),
+            mode=config.mode,
+            validate=validate if count else None,
+            nested=config.nested,
+            oskt_loss=config.loss or PAPER_LOSS,
+        )
+
+    def engine(self, stage: str) -> Run:
+        output = self.config.output
+        return Run(
+            device=self.config.device,
+            report=None if self.log is None else Recorder(stage, self.log, output.report_steps, self.say),
+            checkpoint=self.folder / f"checkpoint-{stage}.safetensors",
+            checkpoint_steps=output.checkpoint_steps,
+            validate_steps=output.validate_steps,
+        )
+
+    def validation_images(self) -> tuple[Images, Images]:
+        """Queries and gallery to look at while training."""
+        count = self.config.evaluation.validation_identities
+        return first_identities(self.source.query, self.source.gallery, count)
+
+    def calibration_images(self, count: int) -> Images:
+        return choose(self.source.train, count, self.config.evaluation.seed)
+
+    def new_chain(
+        self, refined: Refined, ladder: tuple[Width, ...], input: InputSpec, measured: Mapping[str, Any]
+    ) -> Chain:
+        return refined.chain(
+            name=self.config.name,
+            architecture=self.config.teacher.architecture,
+            ladder=ladder,
+            teacher=self.config.teacher.width,
+            input=input,
+            license=self.config.license,
+            provenance={**provenance(self.config, self.source.name), **measured},
+        )
+
+
+def provenance(config: Config, data: str) -> dict[str, Any]:
+    """How a chain came to be, as JSON values: what decides the result, and no path, device or clock."""
+    values = config.model_dump(mode="json")
+    for name in ("source", "start"):
+        values["teacher"][name] = values["teacher"][name] is not None
+    values["data"].pop("root")
+    kept = ("seed", "data", "teacher", "refinement", "evaluation")
+    return {"made_by": "widthwise refine", "images": data, **{name: values[name] for name in kept}}
+
+
+def write_pictures(folder: Path, chain: Chain, frontier: Frontier, log: RunLog | None) -> None:
+    """The plots of a chain, and of its training where there is a log with steps."""
+    curve = plots.curve_of(chain, frontier)
+    write_whole(folder / "frontier.png", plots.frontier_png([curve], frontier.dataset))
+    write_whole(folder / "cross_width.png", plots.cross_width_png(frontier))
+    if log is not None and plots.series(log.events(), "losses"):
+        write_whole(folder / "curves.png", plots.training_curves_png(log.events()))
+
+
+def report_of(stored: StoredChain) -> dict[str, Any]:
+    """A measured chain in figures, as JSON values."""
+    chain, frontier = stored.chain, stored.chain.frontier
+    if frontier is None:
+        raise ChainMismatch(f"chain '{chain.name}' has no frontier to report")
+    return {
+        "chain": chain.name,
+        "digest": stored.digest,
+        "size_bytes": stored.size_bytes,
+        "embedding_space": chain.embedding_space,
+        "dataset": frontier.dataset,
+        "protocol": frontier.protocol,
+        "queries": frontier.queries,
+        "gallery": frontier.gallery,
+        "trained_after_expansion": frontier.trained_after_expansion,
+        "widths": [
+            {
+                "width": str(measured.width),
+                "macs": count_macs(chain.table, measured.width, chain.input),
+                "params": count_params(chain.table, measured.width),
+                "map": measured.map,
+                "map_ci95": list(measured.map_ci95),
+                "rank1": measured.rank1,
+                "rank5": measured.rank5,
+                "rank10": measured.rank10,
+                "minp": measured.minp,
+            }
+            for measured in frontier.widths
+        ],
+        "cross_map": [list(row) for row in frontier.cross_map],
+        "thresholds": {
+            at.rate_name: [[None if t is None else t.cosine for t in row] for row in at.matrix]
+            for at in frontier.thresholds
+        },
+    }
+
+
+def _taken(config: TeacherConfig, source: Path, size: tuple[int, int]) -> tuple[Trained, InputSpec]:
+    """The teacher in a file, or in a run directory. Raises `ChainMismatch` where the configuration says another."""
+    path = source / TEACHER if source.is_dir() else source
+    trained, mark = load_trained(path), read_exported(path).origin
+    there = (mark.architecture, mark.width, (mark.height, mark.image_width))
+    here = (config.architecture, str(config.width), size)
+    if there != here:
+        raise ChainMismatch(
+            f"teacher '{path}' is a {there[0]} of width {there[1]} for {there[2][0]} × {there[2][1]} images; "
+            f"the configuration says {here[0]}, {here[1]}, {here[2][0]} × {here[2][1]}"
+        )
+    return trained, mark.input
+
+
+def _json(value: object) -> bytes:
+    return (json.dumps(value, indent=2, allow_nan=False, ensure_ascii=False) + "\n").encode()

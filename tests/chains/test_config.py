@@ -1,0 +1,127 @@
+"""The configuration of a run: read, checked with words that help, and written so that it reproduces itself."""
+
+import tomllib
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from chains.config import Config, differences, dumps, overridden, parse_config, read_config
+from chains.data.synthetic import PeopleSettings, train_images
+from chains.errors import DataError
+from chains.losses import PAPER_LOSS
+from chains.pipeline import resolve
+from chains.train import paper_recipe
+from chains.width import Width, even_ladder
+
+MINIMAL: dict[str, Any] = {
+    "name": "toy",
+    "license": "Apache-2.0",
+    "data": {"kind": "synthetic"},
+    "teacher": {"architecture": "resnet18", "width": "16", "train": {"steps": 20}},
+    "refinement": {"narrowest": 4, "rungs": 5, "train": {"steps": 30, "batch": {"identities": 8}}},
+}
+PEOPLE = train_images(replace(PeopleSettings(), train_identities=20, height=16, width=8))
+
+
+def a_config(**sections: Any) -> Config:
+    return parse_config({**MINIMAL, **sections}, "toy.toml", Path())
+
+
+def test_recipes_are_the_engine_s_own() -> None:
+    config = a_config()
+    assert config.refinement.train is not None
+    assert (config.refinement.train.steps, config.refinement.train.batch.identities) == (30, 8)
+    assert config.teacher.width == Width(16)
+
+
+@pytest.mark.parametrize(
+    ("sections", "message"),
+    [
+        ({"colour": "red"}, "toy.toml: colour: Extra inputs are not permitted"),
+        ({"name": "My Chain"}, "toy.toml: name: String should match"),
+        ({"data": {"kind": "market"}}, "data.kind: 'market' is none of auto, synthetic, .*market1501"),
+        ({"data": {"kind": "market1501"}}, "data: root is the folder or CSV file"),
+        ({"data": {"kind": "synthetic", "root": "x"}}, "data: root is the folder or CSV file"),
+        ({"data": {"kind": "folder", "root": "x", "people": {"cameras": 3}}}, "people are settings of the synthetic"),
+        ({"teacher": {"train": {"steps": 3}, "width": "wide"}}, "teacher.width: 'wide' is no width"),
+        ({"teacher": {"architecture": "vgg", "train": {"steps": 3}}}, "architecture: 'vgg' is none of resnet18"),
+        ({"teacher": {}}, "teacher: give one of source, preset and train"),
+        ({"teacher": {"source": "x", "start": "y"}}, "start is for a teacher that is trained"),
+        ({"teacher": {"train": {"step": 3}}}, "teacher.train.steps"),
+        ({"teacher": {"train": {"steps": 0}}}, "toy.toml: .*at least one step"),
+        ({"teacher": {"train": {"steps": 3, "batch": {"flip": 2}}}}, "flip of a batch must be within 0 and 1"),
+        ({"refinement": {"narrowest": "4"}}, "refinement: give one of preset and train"),
+        ({"refinement": {"train": {"steps": 3}}}, "refinement: give one of ladder and narrowest"),
+        ({"refinement": {"narrowest": "4", "preset": "paper", "loss": {}}}, "loss belongs to mode 'oskt'"),
+        ({"evaluation": {"calibration_images": 10}}, "evaluation.calibration_images: .*greater than or equal to 256"),
+    ],
+)
+def test_mistakes_name_the_file_and_the_field(sections: dict[str, Any], message: str) -> None:
+    with pytest.raises(DataError, match=message):
+        a_config(**sections)
+
+
+def test_a_file_that_is_no_toml_or_is_missing_says_so(tmp_path: Path) -> None:
+    (tmp_path / "bad.toml").write_text("name = ")
+    with pytest.raises(DataError, match=r"bad\.toml: is no TOML"):
+        read_config(tmp_path / "bad.toml")
+    with pytest.raises(DataError, match="cannot be read"):
+        read_config(tmp_path / "missing.toml")
+
+
+def test_what_is_written_is_read_again() -> None:
+    config = a_config(refinement={"ladder": ["4", "8x2-4-8", "16"], "preset": "paper", "mode": "oskt"})
+    again = parse_config(tomllib.loads(dumps(config, Path())), "again.toml", Path())
+    assert again == config
+    assert differences(config, again) == []
+
+
+def test_none_stands_for_what_toml_cannot_say() -> None:
+    config = a_config(teacher={"width": "16", "train": {"steps": 20, "clip_norm": "none"}})
+    assert config.teacher.train is not None
+    assert config.teacher.train.clip_norm is None
+    assert 'clip_norm = "none"' in dumps(config, Path())
+
+
+def test_paths_are_relative_to_the_file_that_names_them(tmp_path: Path) -> None:
+    (tmp_path / "configs").mkdir()
+    (tmp_path / "runs" / "first").mkdir(parents=True)
+    moved = a_config(data={"kind": "folder", "root": "photos"})
+    text = dumps(moved, Path()).replace('root = "photos"', 'root = "../photos"')
+    (tmp_path / "configs" / "my.toml").write_text(text)
+    config = read_config(tmp_path / "configs" / "my.toml")
+    assert config.data.root == tmp_path / "photos"
+    (tmp_path / "runs" / "first" / "config.toml").write_text(dumps(config, tmp_path / "runs" / "first"))
+    assert 'root = "../../photos"' in (tmp_path / "runs" / "first" / "config.toml").read_text()
+    assert read_config(tmp_path / "runs" / "first" / "config.toml") == config
+
+
+def test_a_resolved_configuration_stands_for_itself() -> None:
+    config = a_config(
+        teacher={"architecture": "resnet18", "width": "16", "preset": "paper"},
+        refinement={"mode": "oskt", "narrowest": "4", "rungs": 4, "preset": "paper"},
+    )
+    resolved = resolve(config, PEOPLE)
+    assert resolved.teacher.train == paper_recipe(PEOPLE, "teacher")
+    assert resolved.teacher.loss == resolved.refinement.loss == PAPER_LOSS
+    assert resolved.refinement.train == paper_recipe(PEOPLE, "refine")
+    assert resolved.refinement.ladder == even_ladder(Width(4), Width(16), 4)
+    assert (resolved.data.height, resolved.data.width) == (128, 64)
+    again = parse_config(tomllib.loads(dumps(resolved, Path())), "again.toml", Path())
+    assert resolve(again, PEOPLE) == resolved
+
+
+def test_options_of_the_command_line_come_first() -> None:
+    config = overridden(a_config(), {"seed": 7, "device": None})
+    assert (config.seed, config.device) == (7, "cpu")
+    resolved = resolve(config, PEOPLE, steps=99)
+    assert resolved.refinement.train is not None
+    assert resolved.refinement.train.steps == 99
+    with pytest.raises(DataError, match="--device"):
+        overridden(a_config(), {"device": "abacus"})
+
+
+def test_differences_name_the_options() -> None:
+    assert differences(a_config(), a_config(seed=3)) == ["seed: 0, not 3"]
