@@ -109,7 +109,8 @@ class Chain:
     ladder: the widths on offer, narrow to wide. statistics: width -> `<norm>.running_mean` / `.running_var` -> float32.
     own_norms: width -> `<norm>.weight` / `.bias` -> float32, for rungs that keep normalisation weights of their own in
         place of the merged ones; statistics are per width anyway, so they cost a student nothing.
-    embedding_space: id of the space that embeddings of every width share; it changes with every training.
+    embedding_space: id of the space that embeddings of every width share; it changes with every training, unless that
+        was measured to be compatible (`chains.compatible`).
     provenance: how the chain came to be, as JSON values; no clock, host or duration, so that the same run gives the
     same file. Raises `ChainMismatch` when tensors, partitions or statistics do not fit the architecture or the mode,
     `WidthError` or `CutError` for a rung that the chain cannot give.
@@ -161,6 +162,13 @@ class Chain:
         lift = np.empty(len(partition.order), dtype=np.int64)
         lift[partition.order] = partition.cut(group.size(width)).part_of()
         return lift
+
+    def native_space(self, width: Width) -> str:
+        """Id of the space of native embeddings of `width`: they compare with those of the same width alone, and only
+        within one training, also where the chain was trained into an older chain's common space."""
+        record = self.provenance.get("compatible_with")
+        own = record.get("own_space") if isinstance(record, Mapping) else None
+        return f"{own if isinstance(own, str) else self.embedding_space}/native-{width}"
 
     def require_calibrated(self, width: Width) -> Mapping[str, Floats]:
         """The normalisation statistics of `width`. Raises `NotCalibrated` when it has none."""

@@ -48,6 +48,10 @@ def refine(
     seed: Annotated[int | None, typer.Option(min=0, help="instead of the file's seed")] = None,
     steps: Annotated[int | None, typer.Option(min=1, help="of the refinement, instead of the file's")] = None,
     device: Annotated[str | None, typer.Option(help="cpu or cuda, instead of the file's")] = None,
+    compatible_with: Annotated[
+        Path | None,
+        typer.Option(exists=True, dir_okay=False, help="an old chain, whose galleries shall stay searchable"),
+    ] = None,
 ) -> None:
     """Train a teacher, refine it into a chain, calibrate and measure every width. Also under torchrun."""
     text = _commands().refine(
@@ -57,6 +61,7 @@ def refine(
         seed=seed,
         steps=steps,
         device=device,
+        compatible_with=compatible_with,
         say=_say,
     )
     _print(text)

@@ -19,10 +19,11 @@ import onnxruntime
 from pydantic import TypeAdapter, ValidationError
 
 from chains import pipeline, plots, tables
-from chains.artifact import StoredChain, load, save
+from chains.artifact import StoredChain, save
 from chains.atomic import write_whole
 from chains.calibrate import calibrate
 from chains.chain import Chain, Floats
+from chains.compatible import compatibility_of
 from chains.config import from_toml, mistake_in, overridden, read_config
 from chains.data.images import Images, chunks
 from chains.data.validation import validate as validate_dataset
@@ -33,6 +34,7 @@ from chains.export import export_safetensors
 from chains.model import load_student
 from chains.onnxfile import EmitOptions
 from chains.onnxfile import write as write_onnx
+from chains.pipeline import load_chain
 from chains.ranking import Truth, rank_blocks, rank_sets, score_blocks
 from chains.rerank import Reranking, reranked_blocks
 from chains.sources import Source, choose, open_source, parse_source, read_dataset, sized
@@ -50,13 +52,21 @@ def refine(
     seed: int | None,
     steps: int | None,
     device: str | None,
+    compatible_with: Path | None,
     say: Say,
 ) -> str:
     """`widthwise refine`."""
-    config = overridden(read_config(path), {"seed": seed, "device": device})
+    config = read_config(path)
+    known = {} if config.compatible_with is None else dict(config.compatible_with)
+    old = None if compatible_with is None else {**known, "chain": compatible_with}
+    config = overridden(config, {"seed": seed, "device": device, "compatible_with": old})
     folder = out or Path("runs") / config.name
     stored = pipeline.run_refinement(config, folder, resume=resume, steps=steps, say=say)
-    return "" if stored is None else f"{described(stored)}\n{folder / pipeline.CHAIN}: sha256 {stored.digest}"
+    if stored is None:
+        return ""
+    compatibility = compatibility_of(stored.chain)
+    across_time = "" if compatibility is None else f"\n{tables.compatibility_text(compatibility)}\n"
+    return f"{described(stored)}\n{across_time}{folder / pipeline.CHAIN}: sha256 {stored.digest}"
 
 
 def calibrated(chain: Path, data: str, out: Path, *, images: int, seed: int) -> str:
@@ -219,14 +229,6 @@ class OnnxModel:
             return pixels
         scaled = (pixels.astype(np.float32) / np.float32(255) - self.mean) / self.std
         return np.ascontiguousarray(scaled.transpose(0, 3, 1, 2))
-
-
-def load_chain(path: Path) -> StoredChain:
-    """The chain in `path`; errors name the file."""
-    try:
-        return load(path)
-    except (OSError, ChainFileError) as error:
-        raise ChainFileError(f"{path}: {error}") from error
 
 
 def images_for(chain: Chain, data: str) -> Source:

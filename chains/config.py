@@ -2,6 +2,7 @@
 
     [data]        which images                   [refinement]   ladder, mode, recipe
     [teacher]     architecture, width, recipe    [evaluation]   what is measured        [output]   how often is written
+    [compatible_with]   an old chain, whose galleries shall stay searchable; may be left out
 
 Recipes are the dataclasses of the engine itself (`TrainRecipe`, `BatchRecipe`, …), field by field, so the file can say
 all that Python can. TOML has no null: where an option may be absent (`clip_norm`), write "none". Paths are relative to
@@ -24,15 +25,17 @@ from pydantic import (
     Field,
     PlainSerializer,
     ValidationError,
+    ValidationInfo,
+    field_validator,
     model_validator,
 )
 
 from chains.arch import architecture_names
 from chains.data.readers import KINDS
 from chains.data.readers.dataset import Boxes, Camera
-from chains.errors import ChainsError, DataError
+from chains.errors import ChainsError, DataError, WidthError
 from chains.losses import LossRecipe
-from chains.nested import NestedRecipe
+from chains.nested import NestedRecipe, require_sandwich
 from chains.train import TrainRecipe
 from chains.width import Width, even_ladder
 
@@ -99,6 +102,8 @@ class DataConfig(_Strict):
             raise ValueError("root is the folder or CSV file of the images; every kind but the synthetic ones needs it")
         if self.people and not self.is_synthetic:
             raise ValueError("people are settings of the synthetic kinds")
+        if self.people.keys() & {"height", "width"}:
+            raise ValueError("the size of crops is set by data.height and data.width, not people")
         return self
 
 
@@ -147,10 +152,23 @@ class RefinementConfig(_Strict):
         return self
 
     def rungs_to(self, full: Width) -> tuple[Width, ...]:
-        """The ladder under a teacher of width `full`. Raises `WidthError` where there is none."""
-        if self.narrowest is None:
-            return self.ladder or ()
-        return even_ladder(self.narrowest, full, self.rungs)
+        """The ladder under a teacher of width `full`. Raises `WidthError` where there is none that can be refined."""
+        ladder = even_ladder(self.narrowest, full, self.rungs) if self.narrowest is not None else self.ladder or ()
+        if not ladder or ladder[-1] != full or list(ladder) != sorted(set(ladder)):
+            rungs = ", ".join(str(width) for width in ladder) or "(none)"
+            raise WidthError(f"refinement: the ladder {rungs} must rise to the teacher's width, {full}")
+        if self.mode == "nested":
+            require_sandwich(ladder, full, self.nested)
+        return ladder
+
+
+class CompatibleConfig(_Strict):
+    """An old chain into whose embedding space teacher and chain are trained. `weight`, `scale`: see
+    `chains.compatible.Anchor`."""
+
+    chain: Path
+    weight: float = Field(1.0, gt=0)
+    scale: float = Field(30.0, gt=0)
 
 
 class EvaluationConfig(_Strict):
@@ -180,11 +198,25 @@ class Config(_Strict):
     data: DataConfig
     teacher: TeacherConfig
     refinement: RefinementConfig
+    compatible_with: CompatibleConfig | None = None
     evaluation: EvaluationConfig = Field(default_factory=EvaluationConfig)
     output: OutputConfig = Field(default_factory=OutputConfig)
 
+    @model_validator(mode="after")
+    def _check_ladder(self) -> Self:
+        self.refinement.rungs_to(self.teacher.width)
+        return self
 
-PATHS = (("data", "root"), ("teacher", "source"), ("teacher", "start"))
+    @field_validator("compatible_with")
+    @classmethod
+    def _check(cls, value: CompatibleConfig | None, info: ValidationInfo) -> CompatibleConfig | None:
+        refinement = info.data.get("refinement")
+        if value is not None and refinement is not None and refinement.mode == "oskt":
+            raise ValueError("mode 'oskt' is the paper's and knows no old space; refine in mode 'nested'")
+        return value
+
+
+PATHS = (("data", "root"), ("teacher", "source"), ("teacher", "start"), ("compatible_with", "chain"))
 
 
 def read_config(path: Path) -> Config:
@@ -231,8 +263,9 @@ def dumps(config: Config, folder: Path) -> str:
 
 
 def differences(one: Config, other: Config) -> list[str]:
-    """`field: value, not value` for every option in which the two differ."""
-    left, right = (dict(_leaves(config.model_dump(mode="json"))) for config in (one, other))
+    """`field: value, not value` for every option in which the two differ; a path is where it leads to from here."""
+    values = (_with_paths(config.model_dump(mode="json"), os.path.abspath) for config in (one, other))
+    left, right = (dict(_leaves(of_one)) for of_one in values)
     names = sorted(left.keys() | right.keys())
     return [f"{n}: {left.get(n)}, not {right.get(n)}" for n in names if left.get(n) != right.get(n)]
 

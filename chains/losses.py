@@ -107,6 +107,14 @@ def cross_width_triplet(lifted: Tensor, full: Tensor, labels: Tensor, margin: fl
     return functional.relu(margin + nearest_negative - farthest_positive).mean()
 
 
+def backward_compatible_loss(embedding: Tensor, centroids: Tensor, labels: Tensor, scale: float) -> Tensor:
+    """Cross-entropy of `scale` times the cosines of `embedding` (batch, D) with the frozen `centroids` (pids, D) of an
+    old embedding space (Shen et al., CVPR 2020: the influence loss, with a cosine classifier because galleries are
+    searched by cosine). The centroids get no gradient. labels: int64 (batch,), row of the centroids."""
+    frozen = functional.normalize(centroids.detach(), dim=1)
+    return functional.cross_entropy(scale * functional.normalize(embedding, dim=1) @ frozen.T, labels)
+
+
 def distillation_loss(logits: Tensor, teacher_logits: Tensor, temperature: float) -> Tensor:
     """T² KL(teacher ‖ student) of the logits (batch, pids) softened by temperature T, mean over the batch (Hinton et
     al., 2015). The teacher gets no gradient."""

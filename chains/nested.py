@@ -26,6 +26,7 @@ from torch.func import functional_call
 
 from chains.arch import Architecture
 from chains.chain import AFFINE, Floats
+from chains.compatible import Anchor, AnchorLoss
 from chains.cut import Cut, Partition
 from chains.errors import WidthError
 from chains.expand import expand, sum_runs
@@ -40,15 +41,17 @@ from chains.width import Width
 class NestedRecipe:
     """What the sandwich weighs.
 
-    similarity_weight: of a student's similarity loss against the full width. cross_triplet_weight: of the triplet of
-    its queries in the full width's gallery. distillation: the share, 0 to 1, of a student's classification loss that
-    comes from the full width's logits, at temperature 1, instead of the labels.
-    own_norms: every narrower rung learns offsets to the merged norms. widths_between: how many random widths a step
-    trains besides its two ends. hard_factor: of every pass's triplet loss. Raises `WidthError` outside these bounds.
+    full_weight: of the full width's loss; a narrower pass has weight 1. similarity_weight: of a student's similarity
+    loss against the full width. cross_triplet_weight: of the triplet of its queries in the full width's gallery.
+    distillation: the share, 0 to 1, of a student's classification loss that comes from the full width's logits, at
+    temperature 1, instead of the labels. own_norms: every narrower rung learns offsets to the merged norms.
+    widths_between: how many random widths a step trains besides its two ends. hard_factor: of every pass's triplet
+    loss. Raises `WidthError` outside these bounds.
     """
 
+    full_weight: float = 1.0
     similarity_weight: float = 10.0
-    cross_triplet_weight: float = 0.0
+    cross_triplet_weight: float = 1.0
     distillation: float = 0.5
     own_norms: bool = True
     widths_between: int = 1
@@ -84,14 +87,16 @@ class Sandwich(Objective):
         ladder: tuple[Width, ...],
         recipe: NestedRecipe,
         seed: int,
+        compatible: Anchor | None = None,
     ) -> None:
         super().__init__()
-        _require_sandwich(ladder, teacher.model.width, recipe)
+        require_sandwich(ladder, teacher.model.width, recipe)
         self.table: Architecture = teacher.model.table
         self.partitions, self.ladder, self.recipe, self.seed = partitions, ladder, recipe, seed
         self.full = in_leaf_order_model(teacher.model, partitions)
-        columns = torch.from_numpy(partitions[self.table.embedding_group].order)
-        self.classifier = nn.Parameter(teacher.classifier[:, columns].clone())
+        order = partitions[self.table.embedding_group].order
+        self.classifier = nn.Parameter(teacher.classifier[:, torch.from_numpy(order)].clone())
+        self.anchoring = None if compatible is None else AnchorLoss(compatible, self.classifier.shape, order)
         # In a plain dict, so that they are no submodules: they hold no weights.
         self.templates = {width: template(self.table.name, width) for width in ladder}
         self.cuts = {width: cuts_of(self.table, partitions, width) for width in ladder}
@@ -119,7 +124,7 @@ class Sandwich(Objective):
         return [offset for key, offset in self.offsets.items() if key.partition("/")[0] not in in_use]
 
     def full_loss(self, full: Pass, labels: Tensor) -> Tensor:
-        return self.reid(full, labels)
+        return self.recipe.full_weight * (self.reid(full, labels) + self.compatible_loss(full, labels))
 
     def student_loss(self, student: Pass, full: Pass, labels: Tensor) -> Tensor:
         """What a narrower width learns from the labels, and what from the full width."""
@@ -133,7 +138,12 @@ class Sandwich(Objective):
             + share * distilled
             + self.recipe.similarity_weight * similarity
             + self.recipe.cross_triplet_weight * crossing
+            + self.compatible_loss(student, labels)
         )
+
+    def compatible_loss(self, student: Pass, labels: Tensor) -> Tensor | float:
+        """How far the lifted embeddings of one pass are from an old space, where the chain shall meet one."""
+        return 0.0 if self.anchoring is None else self.anchoring(student.lifted, labels)
 
     def reid(self, student: Pass, labels: Tensor, classification: float = 1.0) -> Tensor:
         """The ReID loss of one pass; `classification`: the weight of its cross-entropy."""
@@ -169,11 +179,14 @@ class Sandwich(Objective):
         return self.cuts[width][self.table.embedding_group]
 
     def settings(self) -> Mapping[str, Any]:
-        return {
+        settings: dict[str, Any] = {
             "recipe": asdict(self.recipe),
             "ladder": [str(width) for width in self.ladder],
             "cuts": digest_of_cuts(self.cuts),
         }
+        if self.anchoring is not None:
+            settings["compatible"] = self.anchoring.anchor.settings()
+        return settings
 
     def tensors(self) -> dict[str, Floats]:
         """The chain's tensors as they are now: float32, leaf order, copies."""
@@ -244,7 +257,8 @@ def digest_of_cuts(cuts: Mapping[Width, Mapping[str, Cut]]) -> str:
     return total.hexdigest()[:16]
 
 
-def _require_sandwich(ladder: tuple[Width, ...], teacher: Width, recipe: NestedRecipe) -> None:
+def require_sandwich(ladder: tuple[Width, ...], teacher: Width, recipe: NestedRecipe) -> None:
+    """Raises `WidthError` unless `recipe` can train the widths of `ladder`, narrow to wide, under `teacher`."""
     if len(ladder) < 3 or ladder[-1] != teacher:
         rungs = ", ".join(str(width) for width in ladder)
         raise WidthError(f"a sandwich needs at least three rungs that end at {teacher}, not {rungs or 'none'}")

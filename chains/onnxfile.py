@@ -235,8 +235,7 @@ class _Draft:
     @property
     def embedding_space(self) -> str:
         """Id of the space the embeddings can be compared in: a native one is comparable with its own width only."""
-        space = self.chain.embedding_space
-        return space if self.is_lifted else f"{space}/native-{self.width}"
+        return self.chain.embedding_space if self.is_lifted else self.chain.native_space(self.width)
 
     @cached_property
     def macs(self) -> int:

@@ -19,19 +19,29 @@ import json
 from collections.abc import Callable, Mapping
 from contextlib import ExitStack
 from dataclasses import dataclass, replace
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 from chains import plots
+from chains.arch import architecture
 from chains.artifact import StoredChain, load, save
 from chains.atomic import write_whole
 from chains.calibrate import BATCH, calibrate
 from chains.chain import Chain, Frontier, InputSpec
+from chains.compatible import (
+    Anchor,
+    anchor_in,
+    compatibility_of,
+    joined_space,
+    measure_compatibility,
+    require_fit,
+)
 from chains.config import Config, TeacherConfig, differences, dumps, read_config
 from chains.cost import count_macs, count_params
 from chains.data.images import Images
 from chains.data.readers import detect
-from chains.errors import ChainMismatch, DataError
+from chains.errors import ChainFileError, ChainMismatch, DataError
 from chains.evaluate import evaluate_model, measure_frontier
 from chains.export import load_exported, load_trained, origin, read_exported, save_trained
 from chains.losses import PAPER_LOSS
@@ -66,6 +76,8 @@ def run_refinement(
                 f"{len(source.train)} training images cannot calibrate a chain; at least {BATCH} are needed"
             )
         config = resolve(config, source.train, steps)
+        if config.compatible_with is not None:
+            require_fit(load_chain(config.compatible_with.chain).chain, source.train, embedding_dim(config.teacher))
         if team.is_first:
             claim_folder(folder, config)
             for note in source.notes:
@@ -178,6 +190,9 @@ class _Stages:
         ranking = evaluate_model(teacher.model, self.source.query, self.source.gallery, spec)
         chain = self.new_chain(refined, self.ladder, spec, {"teacher_map": round(ranking.map, 2)})
         chain = calibrate(chain, self.calibration_images(self.config.evaluation.calibration_images))
+        if self.old is not None and self.anchor is not None:
+            measured = measure_compatibility(self.old.chain, chain, self.source.query, self.source.gallery)
+            chain = joined_space(chain, self.anchor, measured)
         seed = self.config.evaluation.seed
         frontier = measure_frontier(chain, self.source.query, self.source.gallery, self.source.name, seed)
         stored = save(replace(chain, frontier=frontier), self.folder / CHAIN)
@@ -185,8 +200,23 @@ class _Stages:
         self.log.write("frontier", map={str(measured.width): measured.map for measured in frontier.widths})
         write_pictures(self.folder, stored.chain, frontier, self.log)
         report = {"teacher": {"map": round(ranking.map, 2), "rank1": round(ranking.rank(1), 2)}, **report_of(stored)}
+        if (compatibility := compatibility_of(stored.chain)) is not None:
+            report["compatible_with"] = dict(compatibility)
         write_whole(self.folder / REPORT, _json(report))
         return stored
+
+    @cached_property
+    def old(self) -> StoredChain | None:
+        """The chain with which the new one shall be compatible."""
+        config = self.config.compatible_with
+        return None if config is None else load_chain(config.chain)
+
+    @cached_property
+    def anchor(self) -> Anchor | None:
+        config, teacher = self.config.compatible_with, self.config.teacher
+        if config is None or self.old is None:
+            return None
+        return anchor_in(self.old, self.source.train, embedding_dim(teacher), config.weight, config.scale)
 
     @property
     def ladder(self) -> tuple[Width, ...]:
@@ -226,6 +256,7 @@ class _Stages:
             validate=validate if count else None,
             loss=config.loss,
             start=None if config.start is None else load_exported(config.start),
+            compatible=self.anchor,
         )
 
     def refine(self, teacher: Trained, input: InputSpec) -> Refined:
@@ -253,6 +284,7 @@ class _Stages:
             validate=validate if count else None,
             nested=config.nested,
             oskt_loss=config.loss or PAPER_LOSS,
+            compatible=self.anchor,
         )
 
     def engine(self, stage: str) -> Run:
@@ -285,6 +317,20 @@ class _Stages:
             license=self.config.license,
             provenance={**provenance(self.config, self.source.name), **measured},
         )
+
+
+def embedding_dim(teacher: TeacherConfig) -> int:
+    """Length of the teacher's embeddings."""
+    table = architecture(teacher.architecture)
+    return table.group_sizes(teacher.width)[table.embedding_group]
+
+
+def load_chain(path: Path) -> StoredChain:
+    """The chain in `path`; errors name the file."""
+    try:
+        return load(path)
+    except (OSError, ChainFileError) as error:
+        raise ChainFileError(f"{path}: {error}") from error
 
 
 def provenance(config: Config, data: str) -> dict[str, Any]:

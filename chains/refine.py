@@ -14,6 +14,7 @@ from typing import Any
 import numpy as np
 
 from chains.chain import Chain, Floats, InputSpec, Mode
+from chains.compatible import Anchor
 from chains.cut import Partition
 from chains.data.images import Images
 from chains.errors import DataError, WidthError
@@ -77,21 +78,26 @@ def refine(
     validate: Callable[[Refined], Mapping[str, float]] | None = None,
     nested: NestedRecipe = NestedRecipe(),  # noqa: B008 - frozen
     oskt_loss: LossRecipe = PAPER_LOSS,
+    compatible: Anchor | None = None,
 ) -> Refined:
     """Refine `teacher` into a chain with `ladder`, narrow to wide. Widths and batches are a function of the seed;
     `teacher` is left as it was.
 
     recipe: `chains.train.paper_recipe(images, "refine")` is the paper's schedule. validate: measures the chain as it is
-    so far. nested, oskt_loss: for the mode of that name. Raises `WidthError` when the ladder does not end at the
-    teacher's width or, nested, has no rung between its ends; `DataError` when the teacher's classifier is of other
-    identities than `images`; and what `chains.train.fit` raises.
+    so far. nested, oskt_loss: for the mode of that name. compatible: an old embedding space that every width learns to
+    meet; mode nested only, and best with a teacher that was trained into it. Raises `WidthError` when the ladder does
+    not end at the teacher's width or, nested, has no rung between its ends; `DataError` when the teacher's classifier
+    is of other identities than `images`; `ChainMismatch` when the old space does not fit; and what
+    `chains.train.fit` raises.
     """
     _require_same_identities(teacher, images)
     tensors = numpy_tensors(teacher.model)
     objective: Sandwich | OneShot
     if mode == "nested":
         trees = grow_trees(teacher.model.table, tensors)
-        objective = Sandwich(teacher, trees, ladder, nested, seed)
+        objective = Sandwich(teacher, trees, ladder, nested, seed, compatible)
+    elif compatible is not None:
+        raise DataError(f"mode 'oskt' is the paper's and knows no old space ('{compatible.chain}'); refine in 'nested'")
     else:
         _require_ladder(ladder, teacher.model.width)
         clusters = cluster(teacher.model.table, tensors, ladder[0])

@@ -39,6 +39,24 @@ def report_text(report: Mapping[str, Any]) -> str:
     return "\n\n".join(parts)
 
 
+def compatibility_text(record: Mapping[str, Any]) -> str:
+    """What `chains.compatible.joined_space` noted: the mAP in both galleries, and what follows for the space."""
+    head = f"compatible with {record['chain']}: mAP in percent, galleries at full width"
+    cells = [
+        ["queries", "old gallery", "new gallery"],
+        ["old chain", f"{record['old_map']:.1f}", "-"],
+        ["new chain", f"{record['old_gallery_new_query_map']:.1f}", f"{record['new_map']:.1f}"],
+        ["new chain, narrowest", f"{record['old_gallery_narrowest_query_map']:.1f}", "-"],
+    ]
+    kept, own = record["embedding_space"], record["own_space"]
+    outcome = (
+        f"new queries find no less in the old gallery, so the chain keeps the embedding space {kept}"
+        if record["is_met"]
+        else f"new queries find less in the old gallery, so the chain has an embedding space of its own, {own}"
+    )
+    return f"{head}\n\n{text_table(cells)}\n\n{outcome}"
+
+
 def frontier_row(row: Mapping[str, Any]) -> list[str]:
     """One width of a report under `_HEAD`."""
     low, high = row["map_ci95"]

@@ -27,6 +27,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from chains.chain import InputSpec
 from chains.checkpoint import load_checkpoint, save_checkpoint
+from chains.compatible import Anchor, AnchorLoss
 from chains.data.batches import Batch, BatchRecipe, Sampler, prefetch
 from chains.data.images import Images
 from chains.errors import DataError, WidthError
@@ -532,12 +533,18 @@ class Distillation:
 
 
 class Alone(Objective):
-    """One network with its classifier: the ReID loss, and a teacher's logits where asked for."""
+    """One network with its classifier: the ReID loss, and where asked for a teacher's logits and an old space."""
 
     def __init__(
-        self, model: ReIDModel, classifier: nn.Parameter, loss: ReIDLoss, distillation: Distillation | None = None
+        self,
+        model: ReIDModel,
+        classifier: nn.Parameter,
+        loss: ReIDLoss,
+        distillation: Distillation | None = None,
+        compatible: Anchor | None = None,
     ) -> None:
         super().__init__()
+        self.anchoring = None if compatible is None else AnchorLoss(compatible, classifier.shape)
         self.model, self.classifier, self.loss, self.distillation = model, classifier, loss, distillation
         if distillation is not None:
             if len(distillation.teacher.classifier) != len(classifier):
@@ -557,6 +564,8 @@ class Alone(Objective):
             losses["distillation"] = self.distillation.weight * distillation_loss(
                 logits, self._teacher_logits(pixels, self.distillation), self.distillation.temperature
             )
+        if self.anchoring is not None:
+            losses["compatible"] = self.anchoring(embedding.float(), labels)
         return losses
 
     @torch.no_grad()
@@ -573,6 +582,8 @@ class Alone(Objective):
                 "temperature": self.distillation.temperature,
                 "teacher": digest(self.distillation.teacher.model.state_dict()),
             }
+        if self.anchoring is not None:
+            settings["compatible"] = self.anchoring.anchor.settings()
         return settings
 
     def trained(self) -> Trained:
@@ -593,11 +604,14 @@ def train_alone(
     loss: LossRecipe = LossRecipe(),  # noqa: B008 - frozen
     start: ReIDModel | None = None,
     distillation: Distillation | None = None,
+    compatible: Anchor | None = None,
 ) -> Trained:
     """A network of `width` trained on `images`, its initialisation and batches a function of the seed.
 
     start: the weights to begin with instead of random ones (left as they are); the classifier is always new. Raises
-    `WidthError` where they are of another architecture or width. The result is on the CPU. See `fit` for the rest.
+    `WidthError` where they are of another architecture or width. compatible: an old embedding space to be trained into;
+    raises `ChainMismatch` where it is of other identities or another length. The result is on the CPU. See `fit` for
+    the rest.
     """
     torch.manual_seed(seed)
     model = ReIDModel(architecture_name, width)
@@ -608,7 +622,7 @@ def train_alone(
     classifier = new_classifier(images, model.backbone.channels)
     generator = torch.Generator().manual_seed(seed)
     reid = ReIDLoss(len(classifier), model.backbone.channels, loss, generator)
-    alone = Alone(model, classifier, reid, distillation)
+    alone = Alone(model, classifier, reid, distillation, compatible)
     fit(alone, images, input, recipe, seed, run, validate and (lambda: validate(alone.trained())))
     return alone.cpu().trained()
 

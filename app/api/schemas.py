@@ -431,7 +431,7 @@ def _output(model: Model, lift: LiftOut) -> TensorOut:
 
 def _space(model: Model, lift: LiftOut) -> str:
     is_common = model.options.embedding == "common" or lift.native_dim == lift.common_dim
-    return lift.space if is_common else f"{lift.space}/native-{model.width}"
+    return lift.space if is_common else model.stored.chain.native_space(model.width)
 
 
 def _lift(model: Model) -> LiftOut:

@@ -223,6 +223,41 @@ def test_the_paper_s_mode_runs_too(tmp_path: Path, widthwise) -> None:
     assert load(tmp_path / "run" / "chain.safetensors").chain.mode == "oskt"
 
 
+def test_a_new_chain_is_trained_to_be_compatible_with_an_old_one(toy: Path, tmp_path: Path, widthwise) -> None:
+    old, options = toy / "run" / "chain.safetensors", ("--seed", 5, "--steps", 3)
+    done = widthwise("refine", toy / "toy.toml", "--out", tmp_path / "run", *options, "--compatible-with", old)
+    assert done.status == 0, done.err
+    stored, report = (
+        load(tmp_path / "run" / "chain.safetensors"),
+        json.loads((tmp_path / "run/report.json").read_text()),
+    )
+    record = stored.chain.provenance["compatible_with"]
+    assert report["compatible_with"] == record
+    assert record["chain_digest"] == load(old).digest
+    spaces = {True: load(old).chain.embedding_space, False: f"es-{fingerprint(stored.chain.tensors)}"}
+    assert stored.chain.embedding_space == report["embedding_space"] == spaces[record["is_met"]]
+    frontiers = {name: found.chain.frontier for name, found in (("old_map", load(old)), ("new_map", stored))}
+    assert all(frontier and frontier.widths[-1].map == record[name] for name, frontier in frontiers.items())
+    row = next(line for line in done.out.splitlines() if line.strip().startswith("new chain  "))
+    assert row.split()[2:] == [f"{record[name]:.1f}" for name in ("old_gallery_new_query_map", "new_map")]
+    assert str(tmp_path) not in json.dumps(dict(stored.chain.provenance))
+    assert "compatible" in read_events(tmp_path / "run")[1]["losses"]
+    again = widthwise("refine", tmp_path / "run" / "config.toml", "--out", tmp_path / "again")
+    assert again.status == 0, again.err
+    assert load(tmp_path / "again" / "chain.safetensors").digest == stored.digest
+
+
+def test_an_old_chain_that_cannot_be_met_is_refused_before_anything_is_written(
+    toy: Path, tmp_path: Path, widthwise
+) -> None:
+    old = tmp_path / "old.safetensors"
+    save(pico_chain(), old)
+    done = widthwise("refine", toy / "toy.toml", "--out", tmp_path / "run", "--compatible-with", old)
+    assert (done.status, done.err.count("\n")) == (2, 1)
+    assert "'pico' embeds into 64 numbers, the new teacher into 32" in done.err
+    assert not (tmp_path / "run").exists()
+
+
 def test_several_processes_make_one_run(tmp_path: Path) -> None:
     """Two processes share the micro-batches of each step; the first one alone reports and writes."""
     (tmp_path / "toy.toml").write_text(TOY.replace("warmup_steps = 2", "warmup_steps = 2\nmicro_batches = 2"))
@@ -419,9 +454,37 @@ def test_a_run_reads_photographs_from_disk(photographs: Path, tmp_path: Path, wi
             "toy.toml: steps: Field required",
         ),
         (("refine", "{config}", "--out", "x", "--device", "abacus"), "--device: Input should be 'cpu' or 'cuda'"),
+        (("evaluate", "{onnx}", "--data", "{config}", "--write", "x"), "--write is for chains"),
+        (("evaluate", "{onnx}", "--data", "{config}", "--width", "2"), "--width is for chains"),
+        (("evaluate", "{chain}", "--data", "{config}", "--device", "abacus"), "'cpu' or 'cuda', not 'abacus'"),
+        (("compare", "{chain}", "--data", "{config}", "--device", "abacus"), "'cpu' or 'cuda', not 'abacus'"),
+        (
+            ("calibrate", "{chain}", "--data", "{config}", "--out", "x", "--device", "abacus"),
+            "'cpu' or 'cuda', not 'abacus'",
+        ),
+        (
+            ("finetune", "{chain}", "--width", "2", "--data", "{config}", "--out", "x", "--device", "abacus"),
+            "'cpu' or 'cuda', not 'abacus'",
+        ),
+        (
+            ("finetune", "{chain}", "--width", "2", "--data", "{config}", "--out", "x", "--recipe", "{typo}"),
+            "typo.toml: lrr: Unexpected keyword argument",
+        ),
+        (
+            ("finetune", "{chain}", "--width", "2", "--data", "{config}", "--out", "x", "--lr", "0"),
+            "lr=0.0",
+        ),
+        (
+            ("finetune", "{chain}", "--width", "2", "--data", "{config}", "--out", "x", "--recipe", "{crowd}"),
+            "40 identities cannot fill a batch of 64",
+        ),
+        (("finetune", "{chain}", "--width", "2", "--data", "{config}", "--out", ".", "--resume"), "no run to resume"),
+        (("refine", "{crowded}", "--out", "x"), "40 identities cannot fill a batch of 64"),
         (("validate", "--data", "synthetic"), "rendered, not read"),
+        (("validate", "--data", "market1501:"), "market1501: names no folder or file"),
+        (("validate", "--data", ""), "--data names no folder or file"),
         (("calibrate", "{chain}", "--data", "{config}", "--out", "no/x"), "there is no folder no"),
-        (("finetune", "{chain}", "--width", "2", "--data", "{config}", "--out", "{config}"), "File exists"),
+        (("finetune", "{chain}", "--width", "2", "--data", "{config}", "--out", "{config}"), "Not a directory"),
         (("refine", "{few}", "--out", "x"), "80 training images cannot calibrate a chain; at least 256"),
     ],
 )
@@ -430,7 +493,12 @@ def test_a_mistake_is_one_line_and_status_2(
 ) -> None:
     monkeypatch.chdir(tmp_path)
     places = {"chain": toy / "run" / "chain.safetensors", "config": toy / "toy.toml", "few": toy / "few.toml"}
+    places |= {name: tmp_path / f"{name}.toml" for name in ("typo", "crowd", "crowded")} | {"onnx": tmp_path / "a.onnx"}
     places["few"].write_text(TOY.replace("train_identities = 40", "train_identities = 10"))
+    places["typo"].write_text("steps = 8\nlrr = 0.1\n")
+    places["crowd"].write_text("steps = 8\nbatch = { identities = 64 }\n")
+    places["crowded"].write_text(TOY.replace("{ identities = 4", "{ identities = 64"))
+    places["onnx"].write_bytes(b"not looked at")
     done = widthwise(*(argument.format(**places) for argument in arguments))
     assert done.status == 2
     assert message in done.err

@@ -55,6 +55,16 @@ def test_recipes_are_the_engine_s_own() -> None:
         ({"refinement": {"narrowest": "4"}}, "refinement: give one of preset and train"),
         ({"refinement": {"train": {"steps": 3}}}, "refinement: give one of ladder and narrowest"),
         ({"refinement": {"narrowest": "4", "preset": "paper", "loss": {}}}, "loss belongs to mode 'oskt'"),
+        (
+            {"refinement": {"mode": "oskt", "narrowest": "4", "preset": "paper"}, "compatible_with": {"chain": "x"}},
+            "compatible_with: mode 'oskt' is the paper's and knows no old space",
+        ),
+        ({"compatible_with": {"weight": 2}}, r"compatible_with\.chain: Field required"),
+        ({"data": {"kind": "synthetic", "people": {"height": 64}}}, "data.height and data.width, not people"),
+        ({"refinement": {"ladder": ["8", "4", "16"], "train": {"steps": 3}}}, "ladder 8x2-4-8, 4x2-4-8, 16x2-4-8 must rise"),
+        ({"refinement": {"ladder": ["4", "6", "8"], "train": {"steps": 3}}}, "must rise to the teacher's width, 16x2-4-8"),
+        ({"refinement": {"ladder": [], "train": {"steps": 3}}}, "the ladder .none. must rise"),
+        ({"refinement": {"ladder": ["4", "16"], "train": {"steps": 3}}}, "at least three rungs"),
         ({"evaluation": {"calibration_images": 10}}, "evaluation.calibration_images: .*greater than or equal to 256"),
     ],
 )
@@ -88,11 +98,13 @@ def test_none_stands_for_what_toml_cannot_say() -> None:
 def test_paths_are_relative_to_the_file_that_names_them(tmp_path: Path) -> None:
     (tmp_path / "configs").mkdir()
     (tmp_path / "runs" / "first").mkdir(parents=True)
-    moved = a_config(data={"kind": "folder", "root": "photos"})
+    moved = a_config(data={"kind": "folder", "root": "photos"}, compatible_with={"chain": "../old.safetensors"})
     text = dumps(moved, Path()).replace('root = "photos"', 'root = "../photos"')
     (tmp_path / "configs" / "my.toml").write_text(text)
     config = read_config(tmp_path / "configs" / "my.toml")
     assert config.data.root == tmp_path / "photos"
+    assert config.compatible_with is not None
+    assert config.compatible_with.chain == tmp_path / "old.safetensors"
     (tmp_path / "runs" / "first" / "config.toml").write_text(dumps(config, tmp_path / "runs" / "first"))
     assert 'root = "../../photos"' in (tmp_path / "runs" / "first" / "config.toml").read_text()
     assert read_config(tmp_path / "runs" / "first" / "config.toml") == config
@@ -121,6 +133,17 @@ def test_options_of_the_command_line_come_first() -> None:
     assert resolved.refinement.train.steps == 99
     with pytest.raises(DataError, match="--device"):
         overridden(a_config(), {"device": "abacus"})
+
+
+def test_a_path_is_the_same_however_it_is_written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The command was given relative paths, the run directory lies elsewhere: reading back gives absolute ones."""
+    monkeypatch.chdir(tmp_path)
+    run, config = tmp_path / "runs" / "first", a_config(data={"kind": "folder", "root": "photos"})
+    run.mkdir(parents=True)
+    (run / "config.toml").write_text(dumps(config, run))
+    assert differences(read_config(run / "config.toml"), config) == []
+    moved = a_config(data={"kind": "folder", "root": "others"})
+    assert differences(read_config(run / "config.toml"), moved)[0].startswith("data.root: ")
 
 
 def test_differences_name_the_options() -> None:

@@ -11,6 +11,7 @@ from chains.losses import (
     ReIDLoss,
     batch_hard_triplet,
     center_loss,
+    cross_width_triplet,
     distillation_loss,
     reid_loss,
     similarity_loss,
@@ -101,3 +102,19 @@ def test_distillation_loss_by_hand() -> None:
     p, q = functional.softmax(teacher / 4, dim=1), functional.softmax(student / 4, dim=1)
     by_hand = 16 * (p * (p / q).log()).sum() / 2
     assert distillation_loss(student, teacher, 4.0).item() == pytest.approx(by_hand.item(), rel=1e-5)
+
+
+def test_cross_width_triplet_by_hand() -> None:
+    """Students and gallery of two identities; the second student's best wrong match lies as near as its own."""
+    students = torch.tensor([[1.0, 0.0], [1.0, 1.0]])
+    gallery = torch.tensor([[2.0, 0.0], [0.0, 3.0]])
+    loss = cross_width_triplet(students, gallery, torch.tensor([0, 1]), margin=0.3)
+    assert loss.item() == pytest.approx((0.0 + 0.3) / 2)  # 0.3 + 0 - 1 < 0, and 0.3 + √½ - √½
+
+
+def test_cross_width_triplet_moves_both_widths_and_a_batch_of_one_identity_gives_zero() -> None:
+    student, full = torch.randn(6, 5, requires_grad=True), torch.randn(6, 5, requires_grad=True)
+    cross_width_triplet(student, full, torch.tensor([0, 0, 1, 1, 2, 2])).backward()
+    assert student.grad is not None
+    assert full.grad is not None
+    assert cross_width_triplet(student, full, torch.zeros(6, dtype=torch.int64)).item() == 0

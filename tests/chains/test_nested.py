@@ -10,7 +10,7 @@ from torch.nn import functional
 
 from chains.errors import WidthError
 from chains.expand import expand
-from chains.losses import batch_hard_triplet, distillation_loss, reid_loss, similarity_loss
+from chains.losses import batch_hard_triplet, cross_width_triplet, distillation_loss, reid_loss, similarity_loss
 from chains.model import ReIDModel, model_of, numpy_tensors
 from chains.nested import NestedRecipe, Sandwich
 from chains.train import Run, Trained, fit
@@ -59,16 +59,17 @@ def test_a_pass_is_the_student_that_expansion_makes() -> None:
 
 def test_the_losses_of_a_step_by_their_definition() -> None:
     """A student's cross-entropy goes by a quarter to the full width's logits."""
-    sandwich = a_sandwich(NestedRecipe(similarity_weight=3.0, distillation=0.25, hard_factor=0.2))
+    sandwich = a_sandwich(NestedRecipe(2.0, similarity_weight=3.0, cross_triplet_weight=0.5, distillation=0.25, hard_factor=0.2))
     losses = sandwich(IMAGES, LABELS, 0)
     full, narrow, between = (sandwich.run(width, IMAGES) for width in (LADDER[2], LADDER[0], LADDER[1]))
-    assert losses["full"].item() == pytest.approx(reid_loss(full.feature, full.logits, LABELS, 0.2).item())
+    assert losses["full"].item() == pytest.approx(2 * reid_loss(full.feature, full.logits, LABELS, 0.2).item())
     for name, student in (("narrowest", narrow), ("between", between)):
         expected = (
             0.75 * functional.cross_entropy(student.logits, LABELS, label_smoothing=0.1)
             + 0.25 * distillation_loss(student.logits, full.logits, temperature=1)
             + batch_hard_triplet(student.feature, LABELS, hard_factor=0.2)
             + 3 * similarity_loss(student.lifted, full.lifted)
+            + 0.5 * cross_width_triplet(student.lifted, full.lifted, LABELS)
         )
         assert losses[name].item() == pytest.approx(expected.item())
 

@@ -8,7 +8,15 @@ import pytest
 import typer
 
 from app.cli import cli
-from chains.config import Config, DataConfig, EvaluationConfig, OutputConfig, RefinementConfig, TeacherConfig
+from chains.config import (
+    CompatibleConfig,
+    Config,
+    DataConfig,
+    EvaluationConfig,
+    OutputConfig,
+    RefinementConfig,
+    TeacherConfig,
+)
 from chains.data.batches import BatchRecipe
 from chains.losses import LossRecipe
 from chains.nested import NestedRecipe
@@ -17,7 +25,7 @@ from chains.train import TrainRecipe
 PAGE = (Path(__file__).parents[2] / "docs" / "reference" / "cli.md").read_text()
 COMMANDS = typer.main.get_command(cli).commands  # type: ignore[attr-defined]
 SECTIONS = dict(re.findall(r"^##? (\w[^\n]*)\n(.*?)(?=^##? |\Z)", PAGE, re.MULTILINE | re.DOTALL))
-SHOWN_ELSEWHERE = {"data", "teacher", "refinement", "evaluation", "output"}
+SHOWN_ELSEWHERE = {"data", "teacher", "refinement", "compatible_with", "evaluation", "output"}
 
 
 def names(section: str) -> set[str]:
@@ -43,6 +51,7 @@ def test_every_option_is_in_the_command_s_table(command: str) -> None:
         ("data", set(DataConfig.model_fields)),
         ("teacher", set(TeacherConfig.model_fields)),
         ("refinement", set(RefinementConfig.model_fields) | {field.name for field in fields(NestedRecipe)}),
+        ("compatible_with", set(CompatibleConfig.model_fields)),
         ("evaluation", set(EvaluationConfig.model_fields)),
         ("output", set(OutputConfig.model_fields)),
         ("train", {field.name for recipe in (TrainRecipe, BatchRecipe) for field in fields(recipe)}),
