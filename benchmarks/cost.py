@@ -15,10 +15,13 @@ and sums over the K widths w, the methods cost
     kd                T + Σ (D(w) + downstream_images · full)            the teacher looks at every batch, too
     depgraph          T + Σ (D(w) + full)                                one image draws the graph
     weight selection  T + Σ D(w)
-    oskt              T + R + Σ D(w),  R = 3 · refine_images · (full + narrowest)
-    nested, slices    T + R + Σ calibration_images · macs(w),  R = 3 · refine_images · (full + narrowest + between)
+    oskt              T + R + Σ D(w)
+    nested, slices    T + R + Σ calibration_images · macs(w)
 
-where `between` is the mean over the rungs between the ends of the ladder, of which the sandwich draws one a step.
+    R = 3 · refine_images · (full + narrowest + between)
+
+where `between` is the mean over the rungs between the ends of the ladder, of which the sandwich draws one a step. The
+paper's refinement has one pass less and gets as many multiply-adds, so more images, in `benchmarks.compare`.
 Losses, optimiser, augmentation, Ward clustering and expansion are not counted; none is a pass over the images.
 """
 
@@ -33,10 +36,9 @@ from itertools import cycle, islice
 from pathlib import Path
 from statistics import mean
 
-from benchmarks.setup import BACKWARD_FACTOR, FULL, QUARTER, RESULTS, command, macs_of
-from chains.width import even_ladder
+from benchmarks.compare import DOWNSTREAM_STEPS, LADDER, REFINE_STEPS, TEACHER_STEPS, Site
+from benchmarks.setup import BACKWARD_FACTOR, CALIBRATION_IMAGES, RESULTS, command
 
-LADDER = even_ladder(QUARTER, FULL, 7)
 MODELS = 50
 OUT = RESULTS / "cost_curve.csv"
 COLUMNS = ("method", "models", "compute_macs", "command")
@@ -62,11 +64,7 @@ class Costs:
         return BACKWARD_FACTOR * self.teacher_images * self.full
 
     @property
-    def oskt_chain(self) -> int:
-        return self.teacher + BACKWARD_FACTOR * self.refine_images * (self.full + self.macs[0])
-
-    @property
-    def nested_chain(self) -> int:
+    def chain(self) -> int:
         sandwich = self.full + self.macs[0] + mean(self.macs[1:-1])
         return self.teacher + round(BACKWARD_FACTOR * self.refine_images * sandwich)
 
@@ -83,9 +81,9 @@ class Costs:
             "kd": (self.teacher, training, self.downstream_images * self.full),
             "depgraph": (self.teacher, training, self.full),
             "weight selection": (self.teacher, training, 0),
-            "oskt": (self.oskt_chain, training, 0),
-            "nested": (self.nested_chain, self.calibration_images, 0),
-            "slices": (self.nested_chain, self.calibration_images, 0),
+            "oskt": (self.chain, training, 0),
+            "nested": (self.chain, self.calibration_images, 0),
+            "slices": (self.chain, self.calibration_images, 0),
         }
 
     def total(self, method: str, models: int) -> int:
@@ -105,7 +103,7 @@ def main() -> None:
     options = parse()
     batch = options.batch
     costs = Costs(
-        macs=[macs_of(width) for width in LADDER],
+        macs=[Site("default").macs(width) for width in LADDER],
         teacher_images=batch * options.teacher_steps,
         refine_images=batch * options.refine_steps,
         downstream_images=batch * options.downstream_steps,
@@ -126,11 +124,11 @@ def write(path: Path, costs: Costs, models: int) -> None:
 
 def parse() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--teacher-steps", type=int, default=3000)
-    parser.add_argument("--refine-steps", type=int, default=6000)
-    parser.add_argument("--downstream-steps", type=int, default=6000)
+    parser.add_argument("--teacher-steps", type=int, default=TEACHER_STEPS)
+    parser.add_argument("--refine-steps", type=int, default=REFINE_STEPS)
+    parser.add_argument("--downstream-steps", type=int, default=DOWNSTREAM_STEPS)
     parser.add_argument("--batch", type=int, default=64, help="images of a step")
-    parser.add_argument("--calibration-images", type=int, default=1024, help="for every width")
+    parser.add_argument("--calibration-images", type=int, default=CALIBRATION_IMAGES, help="for every width")
     parser.add_argument("--models", type=int, default=MODELS)
     parser.add_argument("--out", type=Path, default=OUT)
     return parser.parse_args()

@@ -86,23 +86,30 @@ class Idea:
 
 
 DISTILLED = replace(PLAIN, distillation=0.5)
+CROSSED = replace(DISTILLED, cross_triplet_weight=1)
 OWN = replace(DISTILLED, own_norms=True)
+ALL = replace(CROSSED, own_norms=True)
 IDEAS: Mapping[str, Idea] = {
     "merge": Idea(PLAIN),
     "slices": Idea(PLAIN, None),
     "merge, distilled": Idea(DISTILLED),
     "slices, distilled": Idea(DISTILLED, None),
+    "merge, distilled, crossed": Idea(CROSSED),
+    "slices, distilled, crossed": Idea(CROSSED, None),
     "merge, distilled, own norms": Idea(OWN),
-    "slices, distilled, own norms": Idea(OWN, None),
-    "and cross-width triplet": Idea(replace(OWN, cross_triplet_weight=1)),
-    "and similarity 50": Idea(replace(OWN, similarity_weight=50)),
-    "and cross-width triplet, similarity 50": Idea(replace(OWN, cross_triplet_weight=1, similarity_weight=50)),
-    "and two widths between": Idea(replace(OWN, widths_between=2)),
-    "and labels not used for students": Idea(replace(OWN, distillation=1)),
-    "and no similarity loss": Idea(replace(OWN, similarity_weight=0)),
-    "and trees of scaled rows": Idea(OWN, on_scaled_rows),
-    "and balanced trees": Idea(OWN, balanced),
-    "and random trees": Idea(OWN, at_random),
+    "merge, distilled, crossed, own norms": Idea(ALL),
+    "slices, distilled, crossed, own norms": Idea(ALL, None),
+    # from here on: changes to "merge, distilled, crossed, own norms"
+    "crossed twice as much": Idea(replace(ALL, cross_triplet_weight=2)),
+    "no similarity loss": Idea(replace(ALL, similarity_weight=0)),
+    "similarity 50": Idea(replace(ALL, similarity_weight=50)),
+    "full width twice as much": Idea(replace(ALL, full_weight=2)),
+    "slices, full width twice as much": Idea(replace(CROSSED, full_weight=2), None),
+    "students learn no labels": Idea(replace(ALL, distillation=1)),
+    "two widths between": Idea(replace(ALL, widths_between=2)),
+    "trees of scaled rows": Idea(ALL, on_scaled_rows),
+    "balanced trees": Idea(ALL, balanced),
+    "random trees": Idea(ALL, at_random),
 }
 
 
