@@ -4,7 +4,7 @@
     python -m benchmarks.compare --only refine:nested     # the tasks whose name starts so
 
 A task is one training on one core. It leaves a file under build/compare/, so that a killed comparison goes on where it
-was and no task runs twice. When all are there the tables are written:
+was and no task runs twice. The tables are written from those files:
 
     zero_training.csv      every width as it is served, not trained after provisioning; and each width trained alone
     cross_width.csv        mAP of queries of one width against a gallery of another, where methods share a space
@@ -320,7 +320,7 @@ def result_path(name: str) -> Path:
 
 def run_all(everything: list[tuple[int, Task]], processes: int) -> None:
     """Stage by stage, `processes` tasks at a time; a task that is done already is left alone."""
-    with ProcessPoolExecutor(processes, get_context("spawn"), max_tasks_per_child=8) as pool:
+    with ProcessPoolExecutor(processes, get_context("spawn")) as pool:
         for stage in sorted({stage for stage, _ in everything}):
             waiting = [task for at, task in everything if at == stage and not result_path(task[0]).exists()]
             for done in as_completed([pool.submit(run, task) for task in waiting]):
@@ -334,9 +334,12 @@ CROSS, MEANS = "cross_width.csv", "comparison_means.csv"
 RESAMPLES = 1000
 
 
-def write_tables(everything: list[tuple[int, Task]]) -> None:
-    rows = [row for _, (name, *_) in everything for row in json.loads(result_path(name).read_text())]
+def write_tables(finished: list[Task]) -> None:
+    rows = results_of(finished, "benchmarks.compare --only")
     own = [row for row in rows if "width" in row]
+    write_table(RESULTS / MEANS, list(means(own)))
+    for row in own:
+        del row["precisions"]
     seen = 64 * REFINE_STEPS
     write_table(RESULTS / CROSS, [row for row in rows if "query_width" in row])
     write_table(
@@ -344,7 +347,12 @@ def write_tables(everything: list[tuple[int, Task]]) -> None:
     )
     write_table(RESULTS / AFTER, [row for row in own if row["trained_after"]])
     write_table(RESULTS / ALONE, [row for row in own if row["method"] == "alone" and row["seed"] == 0])
-    write_table(RESULTS / MEANS, list(means(own)))
+
+
+def results_of(finished: list[Task], command: str) -> Rows:
+    """The rows of every task, each with the command that makes it again."""
+    stored = {name: json.loads(result_path(name).read_text()) for name, *_ in finished}
+    return [{**row, "command": f'python -m {command} "{name}"'} for name, rows in stored.items() for row in rows]
 
 
 def means(rows: Rows) -> Iterator[dict[str, Any]]:
@@ -373,11 +381,10 @@ def main() -> None:
     everything = list(tasks(options.sites, options.seeds))
     chosen = [(stage, task) for stage, task in everything if task[0].startswith(tuple(options.only))]
     run_all(chosen, options.processes)
-    missing = [name for _, (name, *_) in everything if not result_path(name).exists()]
-    if missing:
-        print(f"{len(missing)} tasks are left, such as {missing[0]}; tables are written when all are done")
-    else:
-        write_tables(everything)
+    finished = [task for _, task in everything if result_path(task[0]).exists()]
+    if len(finished) < len(everything):
+        print(f"the tables hold {len(finished)} of {len(everything)} tasks; run the rest without --only")
+    write_tables(finished)
 
 
 def parse() -> argparse.Namespace:

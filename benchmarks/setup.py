@@ -73,7 +73,9 @@ def calibration_images(images: ImageSet, seed: int) -> ImageSet:
 
 
 def write_table(path: Path, rows: Sequence[Mapping[str, object]]) -> None:
-    """A CSV of `rows`, whose first names the columns."""
+    """A CSV of `rows`, whose first names the columns; none, no file."""
+    if not rows:
+        return
     with path.open("w", newline="", encoding="utf-8") as file:
         writer = csv.DictWriter(file, fieldnames=list(rows[0]), lineterminator="\n", extrasaction="ignore")
         writer.writeheader()

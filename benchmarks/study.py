@@ -2,17 +2,16 @@
 
     python -m benchmarks.study --processes 2
 
-Runs are short (1000 steps of 64 images) and of one seed: a difference below a point says nothing. Rows go to
-benchmarks/results/study.csv; `comparison_means.csv` then judges what was chosen, longer and on three seeds.
+Runs are short (1000 steps of 64 images) and of one seed: a difference below a point says nothing. Like those of the
+comparison they are kept under build/compare/ and written to benchmarks/results/study.csv; `comparison_means.csv` then
+judges what was chosen, longer and on three seeds.
 """
 
 from __future__ import annotations
 
 import argparse
 from collections.abc import Callable, Mapping
-from concurrent.futures import ProcessPoolExecutor, as_completed
 from dataclasses import dataclass, replace
-from multiprocessing import get_context
 from statistics import mean
 from typing import Any
 
@@ -21,7 +20,7 @@ import torch
 
 from benchmarks import compare
 from benchmarks.compare import LADDER, SITES, WORK, Rows, Site, images
-from benchmarks.setup import RESULTS, calibration_images, command, recipe, write_table
+from benchmarks.setup import RESULTS, calibration_images, recipe, write_table
 from benchmarks.slices import SliceSandwich
 from chains.calibrate import recalibrate
 from chains.chain import Floats
@@ -98,6 +97,7 @@ IDEAS: Mapping[str, Idea] = {
     "slices, distilled, crossed": Idea(CROSSED, None),
     "merge, distilled, own norms": Idea(OWN),
     "merge, distilled, crossed, own norms": Idea(ALL),
+    "merge, distilled, own norms, similarity 50": Idea(replace(OWN, similarity_weight=50)),
     "slices, distilled, crossed, own norms": Idea(ALL, None),
     # from here on: changes to "merge, distilled, crossed, own norms"
     "crossed twice as much": Idea(replace(ALL, cross_triplet_weight=2)),
@@ -119,9 +119,8 @@ def sandwich(idea: Idea, teacher: Trained) -> Sandwich:
     return Sandwich(teacher, idea.trees(teacher), LADDER, idea.recipe, SEED)
 
 
-def run(site: Site, name: str) -> dict[str, Any]:
-    """Refine with one idea and measure every pair of widths."""
-    torch.set_num_threads(1)
+def measure(site: Site, name: str) -> Rows:
+    """Refine with one idea and measure every pair of widths: one row."""
     teacher, people = compare.load_teacher(site, SEED), images(site, "train")
     objective = sandwich(IDEAS[name], teacher)
     fit(objective, people, site.input, recipe(STEPS), SEED)
@@ -132,7 +131,7 @@ def run(site: Site, name: str) -> dict[str, Any]:
         recalibrate(student, calibration_images(people, SEED), site.input)
         queries, gallery = (torch.from_numpy(e) for e in compare.embeddings(site, student))
         embedded[width] = (objective.lift(width, queries).numpy(), objective.lift(width, gallery).numpy())
-    return {"idea": name, "dataset": site.title, "seed": SEED, "images": 64 * STEPS, **figures(site, name, embedded)}
+    return [{"idea": name, "dataset": site.title, "seed": SEED, "images": 64 * STEPS, **figures(site, name, embedded)}]
 
 
 def figures(site: Site, name: str, embedded: compare.Embedded) -> dict[str, float]:
@@ -149,23 +148,26 @@ def figures(site: Site, name: str, embedded: compare.Embedded) -> dict[str, floa
     }
 
 
+def name_of(idea: str, site: str) -> str:
+    return f"{idea} on {site}"
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--processes", type=int, default=2)
-    parser.add_argument("--ideas", nargs="+", choices=IDEAS, default=list(IDEAS))
-    parser.add_argument("--sites", nargs="+", choices=SITES, default=list(SITES))
+    parser.add_argument(
+        "--only", nargs="+", default=[""], help='ideas whose names start so, as "merge, distilled on station"'
+    )
     options = parser.parse_args()
     WORK.mkdir(parents=True, exist_ok=True)
-    teachers = [(0, task) for stage, task in compare.tasks(options.sites, [SEED]) if task[0].startswith("teacher")]
-    compare.run_all(teachers, options.processes)
-    done: dict[tuple[str, str], dict[str, Any]] = {}
-    with ProcessPoolExecutor(options.processes, get_context("spawn")) as pool:
-        jobs = {pool.submit(run, Site(site), name): (site, name) for name in options.ideas for site in options.sites}
-        for job in as_completed(jobs):
-            done[jobs[job]] = {**job.result(), "command": command()}
-            print(done[jobs[job]], flush=True)
-            rows = [done[key] for key in jobs.values() if key in done]
-            write_table(RESULTS / "study.csv", rows)
+    teachers = [(0, task) for _, task in compare.tasks(list(SITES), [SEED]) if task[0].startswith("teacher")]
+    ideas: dict[str, compare.Task] = {
+        name_of(idea, site): (name_of(idea, site), measure, (Site(site), idea)) for idea in IDEAS for site in SITES
+    }
+    chosen = [(1, task) for name, task in ideas.items() if name.startswith(tuple(options.only))]
+    compare.run_all([*teachers, *chosen], options.processes)
+    finished = [task for task in ideas.values() if compare.result_path(task[0]).exists()]
+    write_table(RESULTS / "study.csv", compare.results_of(finished, "benchmarks.study --only"))
 
 
 if __name__ == "__main__":
