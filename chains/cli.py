@@ -26,6 +26,7 @@ Data = Annotated[str, typer.Option(help=SOURCE)]
 Seed = Annotated[int, typer.Option(min=0, help="of random choices")]
 Rerank = Annotated[bool, typer.Option("--rerank", help="rank by k-reciprocal re-ranking (Zhong et al., CVPR 2017)")]
 Resume = Annotated[bool, typer.Option("--resume", help="go on from the checkpoints in the directory")]
+Device = Annotated[str, typer.Option(help="cpu or cuda")]
 AsJson = Annotated[bool, typer.Option("--json", help="print JSON instead of tables")]
 
 
@@ -74,9 +75,10 @@ def calibrate(
     out: Annotated[Path, typer.Option(help="the new chain file")],
     images: Annotated[int, typer.Option(min=256, help="how many training images to use")] = 1024,
     seed: Seed = 0,
+    device: Device = "cpu",
 ) -> None:
     """Measure the normalisation statistics of every width anew, on training images of yours; no labels are used."""
-    _print(_commands().calibrated(chain, data, out, images=images, seed=seed))
+    _print(_commands().calibrated(chain, data, out, images=images, seed=seed, device=device))
 
 
 @cli.command(cls=ResearchCommand)
@@ -89,10 +91,11 @@ def evaluate(
     plots: Annotated[Path | None, typer.Option(help="folder for frontier.png and cross_width.png")] = None,
     write: Annotated[Path | None, typer.Option(help="new chain file with this frontier in it")] = None,
     seed: Seed = 0,
+    device: Device = "cpu",
 ) -> None:
     """Measure a chain: frontier, cross-width matrix and same-person cut-offs; of an ONNX file, its accuracy."""
     text = _commands().evaluate(
-        chain, data, widths=width or (), rerank=rerank, as_json=json, plots_to=plots, write=write, seed=seed
+        chain, data, width or (), rerank=rerank, as_json=json, plots_to=plots, write=write, seed=seed, device=device
     )
     _print(text)
 
@@ -109,7 +112,7 @@ def finetune(
     steps: Annotated[int | None, typer.Option(min=1, help="instead of the recipe's")] = None,
     lr: Annotated[float | None, typer.Option(help="learning rate instead of the recipe's")] = None,
     seed: Seed = 0,
-    device: Annotated[str, typer.Option(help="cpu or cuda")] = "cpu",
+    device: Device = "cpu",
     resume: Resume = False,
 ) -> None:
     """Train one student on images of yours, from its expansion. It leaves the chain's embedding space."""
@@ -136,10 +139,11 @@ def compare(
     out: Annotated[Path | None, typer.Option(help="folder for compare.csv and frontier.png")] = None,
     rerank: Rerank = False,
     seed: Seed = 0,
+    device: Device = "cpu",
 ) -> None:
     """Measure chains on the same images: frontiers side by side, and where their embeddings are equally long each
     chain's queries in the others' galleries."""
-    _print(_commands().compare(chains, data, out, rerank=rerank, seed=seed))
+    _print(_commands().compare(chains, data, out, rerank=rerank, seed=seed, device=device))
 
 
 @cli.command(cls=ResearchCommand)

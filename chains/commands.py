@@ -16,7 +16,7 @@ from typing import Any
 
 import numpy as np
 import onnxruntime
-from pydantic import TypeAdapter, ValidationError
+from pydantic import ValidationError
 
 from chains import pipeline, plots, tables
 from chains.artifact import StoredChain, save
@@ -24,7 +24,7 @@ from chains.atomic import write_whole
 from chains.calibrate import calibrate
 from chains.chain import Chain, Floats
 from chains.compatible import compatibility_of
-from chains.config import from_toml, mistake_in, overridden, read_config
+from chains.config import RecipeFile, from_toml, mistake_in, overridden, read_config
 from chains.data.images import Images, chunks
 from chains.data.validation import validate as validate_dataset
 from chains.downstream import Downstream, finetune_run
@@ -35,6 +35,7 @@ from chains.model import load_student
 from chains.onnxfile import EmitOptions
 from chains.onnxfile import write as write_onnx
 from chains.pipeline import load_chain
+from chains.processes import local_device
 from chains.ranking import Truth, rank_blocks, rank_sets, score_blocks
 from chains.rerank import Reranking, reranked_blocks
 from chains.sources import Source, choose, open_source, parse_source, read_dataset, sized
@@ -69,35 +70,39 @@ def refine(
     return f"{described(stored)}\n{across_time}{folder / pipeline.CHAIN}: sha256 {stored.digest}"
 
 
-def calibrated(chain: Path, data: str, out: Path, *, images: int, seed: int) -> str:
+def calibrated(chain: Path, data: str, out: Path, *, images: int, seed: int, device: str) -> str:
     """`widthwise calibrate`."""
     require_free(out)
     stored = load_chain(chain)
     source = images_for(stored.chain, data)
-    new = save(calibrate(stored.chain, choose(source.train, images, seed)), out)
+    new = save(calibrate(stored.chain, choose(source.train, images, seed), device), out)
     return f"{out}: {len(new.chain.ladder)} widths calibrated, sha256 {new.digest}"
 
 
 def evaluate(
     chain: Path,
     data: str,
-    *,
     widths: Sequence[str],
+    *,
     rerank: bool,
     as_json: bool,
     plots_to: Path | None,
     write: Path | None,
     seed: int,
+    device: str,
 ) -> str:
     """`widthwise evaluate`."""
     if chain.suffix == ".onnx":
-        return evaluate_onnx(chain, data, rerank=rerank, as_json=as_json)
+        for_chains = {"width": widths, "plots": plots_to, "write": write, "device": device != "cpu"}
+        for option in (name for name, value in for_chains.items() if value):
+            raise DataError(f"--{option} is for chains; an ONNX file is measured as the one model it is, on the CPU")
+        return evaluate_onnx(chain, data, rerank=rerank, as_json=as_json, seed=seed)
     if write is not None:
         require_free(write)
         if widths:
             raise DataError("a stored frontier covers the whole ladder; give --write or --width, not both")
     stored = load_chain(chain)
-    measured = with_frontier(stored, images_for(stored.chain, data), widths, rerank=rerank, seed=seed)
+    measured = with_frontier(stored, images_for(stored.chain, data), widths, rerank=rerank, seed=seed, device=device)
     report = pipeline.report_of(measured)
     lines = [json.dumps(report, indent=2) if as_json else tables.report_text(report)]
     if plots_to is not None:
@@ -108,7 +113,7 @@ def evaluate(
     return "\n".join(lines)
 
 
-def evaluate_onnx(path: Path, data: str, *, rerank: bool, as_json: bool) -> str:
+def evaluate_onnx(path: Path, data: str, *, rerank: bool, as_json: bool, seed: int) -> str:
     """Accuracy of one ONNX file of this program, in onnxruntime."""
     model = OnnxModel(path)
     source = open_source(sized(parse_source(data), model.height, model.width))
@@ -116,7 +121,7 @@ def evaluate_onnx(path: Path, data: str, *, rerank: bool, as_json: bool) -> str:
     truth = Truth.of(source.query, source.gallery)
     blocks = reranked_blocks(queries, gallery, truth, Reranking()) if rerank else score_blocks(queries, gallery, truth)
     ranking = rank_blocks(blocks, truth)
-    low, high = ranking.map_interval()
+    low, high = ranking.map_interval(seed)
     figures = {"map": ranking.map, "map_low": low, "map_high": high, "minp": ranking.minp}
     figures |= {f"rank{rank}": ranking.rank(rank) for rank in (1, 5, 10)}
     rounded = {name: round(value, 2) for name, value in figures.items()}
@@ -143,7 +148,7 @@ def finetune(
     stored = load_chain(chain)
     source = images_for(stored.chain, data)
     chosen = paper_recipe(source.train, "finetune") if recipe is None else read_recipe(recipe)
-    chosen = replace(chosen, steps=steps or chosen.steps, lr=lr or chosen.lr)
+    chosen = replace(chosen, steps=chosen.steps if steps is None else steps, lr=chosen.lr if lr is None else lr)
     task = Downstream(stored, Width.parse(width), source, chosen, seed, device)
     outcome = finetune_run(task, out, resume=resume, say=say)
     if outcome is None:
@@ -153,15 +158,17 @@ def finetune(
     return tables.text_table([["finetuning", "mAP %", "Rank-1"], *figures]) + f"\n{out}"
 
 
-def compare(chains: Sequence[Path], data: str, out: Path | None, *, rerank: bool, seed: int) -> str:
+def compare(chains: Sequence[Path], data: str, out: Path | None, *, rerank: bool, seed: int, device: str) -> str:
     """`widthwise compare`."""
     stored = [load_chain(path) for path in chains]
     names = [one.chain.name for one in stored]
     if len(set(names)) < len(names):  # the same chain, retrained: told apart by their files
         names = [str(path) for path in chains]
-    measured = [with_frontier(one, images_for(one.chain, data), (), rerank=rerank, seed=seed) for one in stored]
+    measured = [
+        with_frontier(one, images_for(one.chain, data), (), rerank=rerank, seed=seed, device=device) for one in stored
+    ]
     reports = [{**pipeline.report_of(one), "chain": name} for one, name in zip(measured, names, strict=True)]
-    lines = [f"on {reports[0]['dataset']}", tables.comparison(reports), *across(stored, names, data)]
+    lines = [f"on {reports[0]['dataset']}", tables.comparison(reports), *across(stored, names, data, device)]
     if out is not None:
         out.mkdir(parents=True, exist_ok=True)
         curves = [
@@ -237,7 +244,7 @@ def images_for(chain: Chain, data: str) -> Source:
 
 
 def with_frontier(
-    stored: StoredChain, source: Source, widths: Sequence[str], *, rerank: bool, seed: int
+    stored: StoredChain, source: Source, widths: Sequence[str], *, rerank: bool, seed: int, device: str
 ) -> StoredChain:
     """`stored` with a new frontier, of some `widths` only where they are named."""
     chain = stored.chain
@@ -247,26 +254,26 @@ def with_frontier(
         chain = replace(chain, ladder=chosen, statistics=statistics, frontier=None)
     trained_after = stored.chain.frontier is not None and stored.chain.frontier.trained_after_expansion
     reranking = Reranking() if rerank else None
-    frontier = measure_frontier(chain, source.query, source.gallery, source.name, seed, reranking)
+    frontier = measure_frontier(chain, source.query, source.gallery, source.name, seed, reranking, device)
     return replace(stored, chain=replace(chain, frontier=replace(frontier, trained_after_expansion=trained_after)))
 
 
-def across(stored: Sequence[StoredChain], names: Sequence[str], data: str) -> Iterator[str]:
+def across(stored: Sequence[StoredChain], names: Sequence[str], data: str, device: str) -> Iterator[str]:
     """mAP of queries of one chain against the gallery of another, all at full width, where they are as long."""
     dims = {one.chain.embedding_dim for one in stored}
     if len(stored) < 2 or len(dims) > 1:
         return
-    sides = [_embedded(one.chain, images_for(one.chain, data)) for one in stored]
+    sides = [_embedded(one.chain, images_for(one.chain, data), device) for one in stored]
     truth = images_for(stored[0].chain, data)
     maps = [[rank_sets(query, gallery, truth.query, truth.gallery).map for _, gallery in sides] for query, _ in sides]
     yield "mAP in percent at full width, queries of the row's chain in the gallery of the column's:"
     yield tables.matrix(names, names, [[f"{value:.1f}" for value in row] for row in maps])
 
 
-def _embedded(chain: Chain, source: Source) -> tuple[Floats, Floats]:
+def _embedded(chain: Chain, source: Source, device: str) -> tuple[Floats, Floats]:
     """Query and gallery embeddings in the common space, at the widest rung."""
     width = chain.ladder[-1]
-    model, lift = load_student(chain, width), chain.lift(width)
+    model, lift = load_student(chain, width).to(local_device(device)), chain.lift(width)
     query, gallery = (embed(model, images, chain.input)[:, lift] for images in (source.query, source.gallery))
     return query, gallery
 
@@ -294,9 +301,9 @@ def write_plots(folder: Path, chain: Chain) -> None:
 def read_recipe(path: Path) -> TrainRecipe:
     """A `TrainRecipe` from a TOML file. Raises `DataError` that names the file and the field."""
     try:
-        return TypeAdapter(TrainRecipe).validate_python(from_toml(tomllib.loads(path.read_text(encoding="utf-8"))))
+        return RecipeFile(train=from_toml(tomllib.loads(path.read_text(encoding="utf-8")))).train
     except ValidationError as error:
-        raise DataError(f"{path}: {mistake_in(error)}") from error
+        raise DataError(f"{path}: {mistake_in(error).removeprefix('train.')}") from error
     except (OSError, ValueError, ChainsError) as error:
         raise DataError(f"{path}: {error}") from error
 

@@ -77,7 +77,7 @@ def require_fit(old: Chain, images: Images, embedding_dim: int) -> None:
             f"chain '{old.name}' embeds into {old.embedding_dim} numbers, the new teacher into {embedding_dim}; "
             "a compatible teacher has embeddings as long: choose its architecture and width accordingly"
         )
-    height, width = images.pixels(np.arange(1)).shape[1:3]
+    height, width = images.size
     if (height, width) != (old.input.height, old.input.width):
         raise DataError(
             f"chain '{old.name}' sees images of {old.input.height}x{old.input.width} pixels (height x width), "

@@ -188,6 +188,12 @@ class OutputConfig(_Strict):
     validate_steps: int = Field(1000, ge=1)
 
 
+class RecipeFile(_Strict):
+    """A recipe alone in a file of its own: an unknown field is a mistake there too."""
+
+    train: TrainRecipe
+
+
 class Config(_Strict):
     """A run. `name` becomes the chain's."""
 

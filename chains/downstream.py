@@ -26,18 +26,17 @@ from chains.atomic import write_whole
 from chains.chain import STATISTICS, Chain
 from chains.config import to_toml
 from chains.cut import NestedTree
-from chains.errors import DataError
 from chains.evaluate import evaluate_model, measure_frontier
 from chains.export import numpy_state, origin, save_trained
 from chains.finetune import finetune
 from chains.model import load_student
-from chains.pipeline import CHAIN, REPORT, Recorder, report_of
-from chains.processes import joined
+from chains.pipeline import CHAIN, REPORT, Recorder, report_of, require_answers, require_room
+from chains.processes import joined, local_device
 from chains.ranking import Ranking
 from chains.refine import fingerprint
 from chains.runlog import RunLog
 from chains.sources import Source, first_identities
-from chains.train import Run, Trained, TrainRecipe
+from chains.train import Run, Trained, TrainRecipe, require_startable
 from chains.width import Width
 
 Say = Callable[[str], None]
@@ -101,9 +100,10 @@ def chain_of(task: Downstream, trained: Trained) -> Chain:
 
 
 def _prepare(task: Downstream, folder: Path, *, resume: bool) -> None:
+    require_room(folder, RECIPE, resume=resume)
+    require_answers(task.source)
+    require_startable(task.source.train, task.recipe, task.device)
     folder.mkdir(parents=True, exist_ok=True)
-    if any(folder.iterdir()) and not resume:
-        raise DataError(f"{folder} is not empty; go on with what it holds by --resume, or name another --out")
     if not (folder / RECIPE).exists():  # a resumed run keeps its own; the engine refuses another recipe
         write_whole(folder / RECIPE, tomli_w.dumps(to_toml(asdict(task.recipe))).encode())
 
@@ -126,11 +126,12 @@ def _train(task: Downstream, folder: Path, log: RunLog | None, say: Say) -> Trai
 
 def _finish(task: Downstream, folder: Path, trained: Trained, log: RunLog) -> tuple[Ranking, Ranking]:
     """Measure and write what came of it."""
+    place = local_device(task.device)
     old, source = task.stored.chain, task.source
     sets = (source.query, source.gallery, old.input)
-    before, after = (evaluate_model(model, *sets) for model in (load_student(old, task.width), trained.model))
+    before, after = (evaluate_model(model, *sets) for model in (load_student(old, task.width).to(place), trained.model))
     chain = chain_of(task, trained)
-    frontier = measure_frontier(chain, source.query, source.gallery, source.name, 0)
+    frontier = measure_frontier(chain, source.query, source.gallery, source.name, 0, device=task.device)
     stored = save(replace(chain, frontier=replace(frontier, trained_after_expansion=True)), folder / CHAIN)
     mark = origin("finetuned", trained.model, old.input, old.license)
     made_from = {"chain": old.name, "chain_digest": task.stored.digest, "embedding_space": chain.embedding_space}

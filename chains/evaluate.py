@@ -16,6 +16,7 @@ import torch
 from chains.chain import FALSE_ACCEPT_RATES, Chain, Floats, Frontier, InputSpec, Threshold, Thresholds, WidthAccuracy
 from chains.data.images import UNKNOWN_CAMERA, Images, Pixels
 from chains.model import ReIDModel, load_student, normalise
+from chains.processes import local_device
 from chains.ranking import Ranking, Truth, rank_blocks, score_blocks
 from chains.rerank import Reranking, reranked_blocks
 from chains.thresholds import PairCounts
@@ -66,16 +67,17 @@ def measure_frontier(
     dataset: str,
     seed: int,
     reranking: Reranking | None = None,
+    device: str = "cpu",
 ) -> Frontier:
     """mAP, its interval, mINP and CMC of every width of the ladder; mAP and same-or-different cut-offs of every query
     width against every gallery width.
 
-    dataset: how to name the images; seed: of the bootstrap. With `reranking`, which the protocol then names, accuracies
-    are those of re-ranked lists; cut-offs are always cosines. Values are rounded to 2 decimals, so that a
-    re-measurement on another processor gives the same file unless something really changed. Raises `DataError` when
-    nothing can be measured."""
-    truth, ladder = Truth.of(query_set, gallery_set), chain.ladder
-    native = {width: _embedded(chain, width, query_set, gallery_set) for width in ladder}
+    dataset: how to name the images; seed: of the bootstrap; device: "cpu" or "cuda", of the networks. With `reranking`,
+    which the protocol then names, accuracies are those of re-ranked lists; cut-offs are always cosines. Values are
+    rounded to 2 decimals, so that a re-measurement on another processor gives the same file unless something really
+    changed. Raises `DataError` when nothing can be measured, and for a device that is not there."""
+    truth, ladder, place = Truth.of(query_set, gallery_set), chain.ladder, local_device(device)
+    native = {width: _embedded(load_student(chain, width).to(place), chain, query_set, gallery_set) for width in ladder}
 
     def lifted(width: Width, side: int) -> Floats:
         return np.ascontiguousarray(native[width][side][:, chain.lift(width)])
@@ -113,8 +115,7 @@ def _unknown_cameras(what: str, images: Images) -> str:
     return f"the camera of {unknown} of {len(images)} {what} images is unknown, and they are never of the same camera"
 
 
-def _embedded(chain: Chain, width: Width, query_set: Images, gallery_set: Images) -> tuple[Floats, Floats]:
-    model = load_student(chain, width)
+def _embedded(model: ReIDModel, chain: Chain, query_set: Images, gallery_set: Images) -> tuple[Floats, Floats]:
     return embed(model, query_set, chain.input), embed(model, gallery_set, chain.input)
 
 

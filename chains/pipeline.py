@@ -41,16 +41,17 @@ from chains.config import Config, TeacherConfig, differences, dumps, read_config
 from chains.cost import count_macs, count_params
 from chains.data.images import Images
 from chains.data.readers import detect
+from chains.data.validation import unmatched_queries
 from chains.errors import ChainFileError, ChainMismatch, DataError
 from chains.evaluate import evaluate_model, measure_frontier
 from chains.export import load_exported, load_trained, origin, read_exported, save_trained
 from chains.losses import PAPER_LOSS
 from chains.model import load_student
-from chains.processes import Processes, joined
+from chains.processes import Processes, joined, local_device
 from chains.refine import Refined, refine
 from chains.runlog import RunLog
 from chains.sources import Source, choose, first_identities, open_source
-from chains.train import Progress, Run, Trained, line_of, paper_recipe, train_alone
+from chains.train import Progress, Run, Trained, line_of, paper_recipe, require_startable, train_alone
 from chains.width import Width
 
 Say = Callable[[str], None]
@@ -69,15 +70,10 @@ def run_refinement(
     """
     with joined(config.device) as team, ExitStack() as stack:
         if team.is_first:
-            require_room(folder, resume=resume)
+            require_room(folder, CONFIG, resume=resume)
         source = open_source(config.data)
-        if len(source.train) < BATCH:  # found out now, not after the training
-            raise DataError(
-                f"{len(source.train)} training images cannot calibrate a chain; at least {BATCH} are needed"
-            )
         config = resolve(config, source.train, steps)
-        if config.compatible_with is not None:
-            require_fit(load_chain(config.compatible_with.chain).chain, source.train, embedding_dim(config.teacher))
+        require_feasible(config, source)
         if team.is_first:
             claim_folder(folder, config)
             for note in source.notes:
@@ -119,14 +115,37 @@ def resolve(config: Config, train: Images, steps: int | None = None) -> Config:
     )
 
 
-def require_room(folder: Path, *, resume: bool) -> None:
-    """Raises `DataError` for a run directory that holds something, unless it is a run that shall be resumed."""
+def require_feasible(config: Config, source: Source) -> None:
+    """Raises what the stages would for images, recipes or an old chain that do not go together: now, before anything is
+    written, not after hours of training."""
+    if len(source.train) < BATCH:
+        raise DataError(f"{len(source.train)} training images cannot calibrate a chain; at least {BATCH} are needed")
+    for recipe in (config.teacher.train, config.refinement.train):
+        if recipe is not None:
+            require_startable(source.train, recipe, config.device)
+    if config.compatible_with is not None:
+        require_fit(load_chain(config.compatible_with.chain).chain, source.train, embedding_dim(config.teacher))
+    require_answers(source)
+
+
+def require_answers(source: Source) -> None:
+    """Raises `DataError` when no query of `source` can be answered, so that nothing could be measured."""
+    if len(unmatched_queries(source.query, source.gallery)) == len(source.query):
+        raise DataError(
+            f"{source.name}: no query has a gallery image of the same identity from another camera; nothing can be "
+            "measured"
+        )
+
+
+def require_room(folder: Path, mark: str, *, resume: bool) -> None:
+    """Raises `DataError` for a run directory that holds something, unless it is a run that shall be resumed: one with
+    the file `mark`."""
     if not folder.exists() or not any(folder.iterdir()):
         return
     if not resume:
         raise DataError(f"{folder} is not empty; go on with what it holds by --resume, or name another --out")
-    if not (folder / CONFIG).exists():
-        raise DataError(f"{folder} holds no {CONFIG}, so it is no run to resume; name another --out")
+    if not (folder / mark).exists():
+        raise DataError(f"{folder} holds no {mark}, so it is no run to resume; name another --out")
 
 
 def claim_folder(folder: Path, config: Config) -> None:
@@ -189,12 +208,15 @@ class _Stages:
         self.say("calibration and evaluation of every width")
         ranking = evaluate_model(teacher.model, self.source.query, self.source.gallery, spec)
         chain = self.new_chain(refined, self.ladder, spec, {"teacher_map": round(ranking.map, 2)})
-        chain = calibrate(chain, self.calibration_images(self.config.evaluation.calibration_images))
+        device = self.config.device
+        chain = calibrate(chain, self.calibration_images(self.config.evaluation.calibration_images), device)
         if self.old is not None and self.anchor is not None:
             measured = measure_compatibility(self.old.chain, chain, self.source.query, self.source.gallery)
             chain = joined_space(chain, self.anchor, measured)
         seed = self.config.evaluation.seed
-        frontier = measure_frontier(chain, self.source.query, self.source.gallery, self.source.name, seed)
+        frontier = measure_frontier(
+            chain, self.source.query, self.source.gallery, self.source.name, seed, device=device
+        )
         stored = save(replace(chain, frontier=frontier), self.folder / CHAIN)
         self.log.rewind("frontier", -1)
         self.log.write("frontier", map={str(measured.width): measured.map for measured in frontier.widths})
@@ -268,8 +290,10 @@ class _Stages:
         def validate(refined: Refined) -> Mapping[str, float]:
             """mAP of the chain's two ends, as it would be served now."""
             ends = (self.ladder[0], self.ladder[-1])
-            chain = calibrate(self.new_chain(refined, ends, input, {}), self.calibration_images(BATCH))
-            rankings = (evaluate_model(load_student(chain, width), query, gallery, input) for width in ends)
+            device = self.config.device
+            chain = calibrate(self.new_chain(refined, ends, input, {}), self.calibration_images(BATCH), device)
+            students = (load_student(chain, width).to(local_device(device)) for width in ends)
+            rankings = (evaluate_model(student, query, gallery, input) for student in students)
             return {f"map {name}": r.map for name, r in zip(("narrowest", "full"), rankings, strict=True)}
 
         return refine(

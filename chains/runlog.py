@@ -87,8 +87,7 @@ def read_events(folder: Path) -> list[dict[str, Any]]:
     path = folder / METRICS
     if not path.exists():
         raise DataError(f"'{folder}' has no {METRICS}; it is no run directory")
-    lines = path.read_text(encoding="utf-8").split("\n")
-    whole, _half = lines[:-1], lines[-1]  # a whole line ends with a line break
+    *whole, _half = path.read_bytes().split(b"\n")  # a whole line ends with a line break
     try:
         events = [json.loads(line) for line in whole]
     except ValueError as error:

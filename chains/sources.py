@@ -53,7 +53,10 @@ def parse_source(text: str) -> DataConfig:
     if text in SYNTHETIC:
         return DataConfig(kind=text)
     kind, colon, path = text.partition(":")
-    if colon and kind in KINDS:
+    has_kind = bool(colon) and kind in KINDS
+    if not (path if has_kind else text):
+        raise DataError(f"--data {text}{' ' * bool(text)}names no folder or file")
+    if has_kind:
         return DataConfig(kind=kind, root=Path(path))
     if text.endswith(".toml"):
         return read_config(Path(text)).data

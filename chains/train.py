@@ -75,6 +75,12 @@ class TrainRecipe:
                 f"steps={self.steps}, micro_batches={self.micro_batches}, warmup_steps={self.warmup_steps}, "
                 f"epoch={self.epoch}"
             )
+        sound = 0 <= self.lr < math.inf and 0 <= self.weight_decay < math.inf and 0 < self.factor <= 1
+        if not sound or (self.clip_norm is not None and not self.clip_norm > 0):
+            raise DataError(
+                f"a recipe has no negative lr or weight_decay, a clip_norm above 0 and a factor in 0..1, not "
+                f"lr={self.lr}, clip_norm={self.clip_norm}, weight_decay={self.weight_decay}, factor={self.factor}"
+            )
         if list(self.milestones) != sorted(set(self.milestones)) or (self.milestones and self.schedule != "steps"):
             raise DataError(f"milestones {self.milestones} must rise, and go with schedule 'steps'")
 
@@ -296,6 +302,14 @@ def fit(
                 trainer.save(run.checkpoint, step + 1, description)
             if is_last or (step + 1) % run.validate_steps == 0:
                 measure(step + 1)
+
+
+def require_startable(images: Images, recipe: TrainRecipe, device: str) -> None:
+    """Raises the `DataError` that `fit` would at its start, for callers with work to do before: no such device, too few
+    identities for a batch, micro-batches that the processes cannot share."""
+    local_device(device)
+    processes().share(recipe.micro_batches)
+    Sampler(images, recipe.batch, seed=0)
 
 
 def describe(objective: Objective, images: Images, input: InputSpec, recipe: TrainRecipe, seed: int) -> dict[str, Any]:

@@ -19,11 +19,14 @@ import torch
 from app.cli import main
 from chains.artifact import load, save
 from chains.config import read_config
+from chains.data.images import ImageSet
 from chains.data.synthetic import PeopleSettings, write_market1501
+from chains.errors import DataError
 from chains.export import load_trained, read_exported
-from chains.pipeline import run_refinement
+from chains.pipeline import require_answers, run_refinement
 from chains.refine import fingerprint
 from chains.runlog import read_events
+from chains.sources import Source
 from chains.testing import pico_chain
 
 ROOT = Path(__file__).parents[2]
@@ -152,15 +155,15 @@ def test_the_resolved_configuration_reproduces_the_run(toy: Path, tmp_path: Path
     assert load(tmp_path / "again" / "chain.safetensors").digest == load(toy / "run" / "chain.safetensors").digest
 
 
-@pytest.mark.parametrize("stage", STAGES)
-def test_a_killed_run_goes_on_and_ends_with_the_same_chain(toy: Path, tmp_path: Path, widthwise, stage: str) -> None:
-    """SIGKILL once the stage has logged a step beyond its first checkpoint."""
-    out, command = tmp_path / "run", [sys.executable, "-m", "app.cli", "refine", "toy.toml", "--out"]
-    with subprocess.Popen([*command, str(out)], cwd=toy, env=environment(), stderr=subprocess.DEVNULL) as running:
-        while not has_reached(out, stage, 6):
-            assert running.poll() is None, "the run ended before it could be killed"
-            time.sleep(0.005)
-        running.send_signal(signal.SIGKILL)
+def test_a_run_killed_in_every_stage_goes_on_and_ends_with_the_same_chain(toy: Path, tmp_path: Path, widthwise) -> None:
+    """SIGKILL once a stage has logged a step beyond its first checkpoint."""
+    out, command = tmp_path / "run", [sys.executable, "-m", "app.cli", "refine", "toy.toml", "--resume", "--out"]
+    for stage in STAGES:
+        with subprocess.Popen([*command, str(out)], cwd=toy, env=environment(), stderr=subprocess.DEVNULL) as running:
+            while not has_reached(out, stage, 6):
+                assert running.poll() is None, "the run ended before it could be killed"
+                time.sleep(0.005)
+            running.send_signal(signal.SIGKILL)
     assert not (out / "report.json").exists()
     done = widthwise("refine", toy / "toy.toml", "--out", out, "--resume")
     assert done.status == 0, done.err
@@ -260,13 +263,14 @@ def test_an_old_chain_that_cannot_be_met_is_refused_before_anything_is_written(
 
 def test_several_processes_make_one_run(tmp_path: Path) -> None:
     """Two processes share the micro-batches of each step; the first one alone reports and writes."""
-    (tmp_path / "toy.toml").write_text(TOY.replace("warmup_steps = 2", "warmup_steps = 2\nmicro_batches = 2"))
+    shared_out = TOY.replace("steps = 12\nwarmup_steps = 2", "steps = 3\nwarmup_steps = 1\nmicro_batches = 2")
+    (tmp_path / "toy.toml").write_text(shared_out)
     start = ("-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2")
     done = process(tmp_path, "refine", "toy.toml", "--out", "run", start=start)
     assert done.returncode == 0, done.stderr
     assert done.stdout.count("chain.safetensors: sha256") == 1
     assert {path.name for path in (tmp_path / "run").iterdir()} == FILES
-    assert [event["step"] for event in read_events(tmp_path / "run") if "losses" in event] == [3, 6, 9, 12] * 2
+    assert [event["step"] for event in read_events(tmp_path / "run") if "losses" in event] == [3, 3]
 
 
 def test_calibrate_measures_statistics_on_other_images(toy: Path, tmp_path: Path, widthwise) -> None:
@@ -349,8 +353,8 @@ def test_finetune_trains_one_width_and_can_go_on(toy: Path, tmp_path: Path, widt
     assert len(load_trained(out / "student.safetensors").classifier) == 40
     assert widthwise(*command).status == 2
     (out / "report.json").unlink()
-    other = widthwise(*command, "--resume")
-    assert (other.status, "belongs to another run: recipe.lr" in other.err) == (2, True)
+    other = widthwise(*command, "--lr", 0, "--resume")
+    assert (other.status, "recipe.lr is 0.01 there and 0.0 here" in other.err) == (2, True)
     resumed = widthwise(*command, "--lr", 0.01, "--resume")
     assert resumed.status == 0, resumed.err
     assert load(out / "chain.safetensors").digest == tuned.digest
@@ -471,8 +475,8 @@ def test_a_run_reads_photographs_from_disk(photographs: Path, tmp_path: Path, wi
             "typo.toml: lrr: Unexpected keyword argument",
         ),
         (
-            ("finetune", "{chain}", "--width", "2", "--data", "{config}", "--out", "x", "--lr", "0"),
-            "lr=0.0",
+            ("finetune", "{chain}", "--width", "2", "--data", "{config}", "--out", "x", "--lr", "-1"),
+            "lr=-1.0",
         ),
         (
             ("finetune", "{chain}", "--width", "2", "--data", "{config}", "--out", "x", "--recipe", "{crowd}"),
@@ -513,30 +517,28 @@ def test_an_onnx_file_of_another_program_is_refused(tmp_path: Path, widthwise) -
     assert "no ONNX file that runs" in done.err
 
 
-def test_without_the_training_extra_a_command_names_it(toy: Path) -> None:
-    """In a process where torch cannot be imported."""
-    hide = "import sys; sys.modules['torch'] = None; sys.argv = ['widthwise', 'refine', 'toy.toml']"
+def test_without_torch_the_commands_are_listed_and_say_what_they_need(toy: Path) -> None:
+    """In a process where torch cannot be imported: `--help`, then a command."""
+    code = (
+        "import sys, contextlib\n"
+        "sys.modules['torch'] = None\n"
+        "from app.cli import main\n"
+        "sys.argv = ['widthwise', '--help']\n"
+        "with contextlib.suppress(SystemExit):\n    main()\n"
+        "sys.argv = ['widthwise', 'refine', 'toy.toml']\n"
+        "main()\n"
+    )
     done = subprocess.run(
-        [sys.executable, "-c", f"{hide}; from app.cli import main; main()"],
-        cwd=toy,
-        env=environment(),
-        capture_output=True,
-        text=True,
-        check=False,
+        [sys.executable, "-c", code], cwd=toy, env=environment(), capture_output=True, text=True, check=False
     )
     assert done.returncode == 2
+    assert "finetune" in done.stdout
     assert "needs torch; install the training extra: pip install 'widthwise[train]'" in done.stderr
     assert "Traceback" not in done.stderr
 
 
-def test_listing_the_commands_loads_no_torch() -> None:
-    code = (
-        "import sys, contextlib\n"
-        "sys.argv = ['widthwise', '--help']\n"
-        "from app.cli import main\n"
-        "with contextlib.suppress(SystemExit):\n    main()\n"
-        "sys.exit('torch' in sys.modules)"
-    )
-    done = subprocess.run([sys.executable, "-c", code], env=environment(), capture_output=True, text=True, check=False)
-    assert done.returncode == 0
-    assert "refine" in done.stdout
+def test_images_in_which_no_query_can_be_answered_are_refused_before_training() -> None:
+    unanswerable = ImageSet(np.zeros((3, 4, 2, 3), np.uint8), np.array([1, 2, 3]), np.array([1, 1, 1]))
+    with pytest.raises(DataError, match="site: no query has a gallery image of the same identity from another camera"):
+        require_answers(Source("site", lambda split: unanswerable))
+    require_answers(Source("site", lambda split: replace(unanswerable, camids=np.array([1, 1, int(split == "query")]))))

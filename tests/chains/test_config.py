@@ -61,8 +61,14 @@ def test_recipes_are_the_engine_s_own() -> None:
         ),
         ({"compatible_with": {"weight": 2}}, r"compatible_with\.chain: Field required"),
         ({"data": {"kind": "synthetic", "people": {"height": 64}}}, "data.height and data.width, not people"),
-        ({"refinement": {"ladder": ["8", "4", "16"], "train": {"steps": 3}}}, "ladder 8x2-4-8, 4x2-4-8, 16x2-4-8 must rise"),
-        ({"refinement": {"ladder": ["4", "6", "8"], "train": {"steps": 3}}}, "must rise to the teacher's width, 16x2-4-8"),
+        (
+            {"refinement": {"ladder": ["8", "4", "16"], "train": {"steps": 3}}},
+            "ladder 8x2-4-8, 4x2-4-8, 16x2-4-8 must rise",
+        ),
+        (
+            {"refinement": {"ladder": ["4", "6", "8"], "train": {"steps": 3}}},
+            "must rise to the teacher's width, 16x2-4-8",
+        ),
         ({"refinement": {"ladder": [], "train": {"steps": 3}}}, "the ladder .none. must rise"),
         ({"refinement": {"ladder": ["4", "16"], "train": {"steps": 3}}}, "at least three rungs"),
         ({"evaluation": {"calibration_images": 10}}, "evaluation.calibration_images: .*greater than or equal to 256"),

@@ -22,6 +22,7 @@ from chains.rerank import Reranking
 from chains.testing import pico_chain, with_own_norms
 from chains.width import Width
 
+NO_GPU = pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU here")
 INPUT = InputSpec(32, 16, (0.5, 0.5, 0.5), (0.25, 0.25, 0.25))
 
 
@@ -49,6 +50,14 @@ def test_calibrated_statistics_are_those_of_the_student_s_own_activations() -> N
         np.testing.assert_allclose(embeddings.mean(axis=0), neck.bias.detach(), atol=0.02)
         # torch's running variance has n - 1 below, numpy's n
         np.testing.assert_allclose(embeddings.std(axis=0), neck.weight.detach().abs(), rtol=0.05)
+
+
+@pytest.mark.parametrize("device", ["tpu", pytest.param("cuda", marks=NO_GPU)])
+def test_a_device_that_is_not_there_is_refused(device: str) -> None:
+    with pytest.raises(DataError, match="device"):
+        calibrate(a_chain(), flat_people(), device)
+    with pytest.raises(DataError, match="device"):
+        measure_frontier(pico_chain(), *queries_and_gallery(), "flat colours", seed=0, device=device)
 
 
 def test_calibration_measures_a_width_with_the_norms_it_is_served_with() -> None:

@@ -59,7 +59,9 @@ def test_a_pass_is_the_student_that_expansion_makes() -> None:
 
 def test_the_losses_of_a_step_by_their_definition() -> None:
     """A student's cross-entropy goes by a quarter to the full width's logits."""
-    sandwich = a_sandwich(NestedRecipe(2.0, similarity_weight=3.0, cross_triplet_weight=0.5, distillation=0.25, hard_factor=0.2))
+    sandwich = a_sandwich(
+        NestedRecipe(2.0, similarity_weight=3.0, cross_triplet_weight=0.5, distillation=0.25, hard_factor=0.2)
+    )
     losses = sandwich(IMAGES, LABELS, 0)
     full, narrow, between = (sandwich.run(width, IMAGES) for width in (LADDER[2], LADDER[0], LADDER[1]))
     assert losses["full"].item() == pytest.approx(2 * reid_loss(full.feature, full.logits, LABELS, 0.2).item())

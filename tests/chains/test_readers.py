@@ -387,7 +387,9 @@ def test_a_table_without_splits_is_split_by_identity(tmp_path):
         ("path,pid,split\na/1.jpg,a,test\n", "line 2: split is 'test'; it must be one of train, query, gallery"),
         ("path,pid,split\na/1.jpg,a,train\na/2.jpg,a,\n", "1 of 2 lines have no split"),
         ('path,pid\n"a/1.jpg,a\n', "not readable as CSV"),
-        ("path,pid\n", "no image found"),
+        ("path,pid\n", r"people\.csv: no image found"),
+        ("path,pid\na/1.jpg,a\n", r"people\.csv: 1 identity cannot be split"),
+        ("path,pid\na\\1.jpg,a\n", r"line 2: there is no file .*; write folders with /, not \\"),
     ],
 )
 def test_a_bad_table_is_refused_with_its_line(tmp_path, text, message):

@@ -74,6 +74,13 @@ def test_half_a_line_of_a_killed_run_is_dropped(tmp_path: Path) -> None:
     assert [event["step"] for event in read_events(tmp_path)] == [10, 20, 30, 40, 50, 60]
 
 
+def test_a_line_that_was_cut_inside_a_character_is_dropped_too(tmp_path: Path) -> None:
+    a_log(tmp_path)
+    with (tmp_path / METRICS).open("ab") as file:
+        file.write('{"stage": "prüfung'.encode()[:-5])  # ends in the first half of ü
+    assert len(read_events(tmp_path)) == 5
+
+
 def test_every_line_is_json_for_any_reader(tmp_path: Path) -> None:
     a_log(tmp_path)
     lines = (tmp_path / METRICS).read_text().splitlines()

@@ -34,7 +34,7 @@ def why_not_folder(root: Path) -> str | None:
 
 def read_folder(root: Path, options: ReadOptions) -> DataSet:
     listing = Listing(root)
-    return data_set(root.resolve().name, listing, list(_rows(listing)), options)
+    return data_set(root.resolve().name, root, listing, list(_rows(listing)), options)
 
 
 def _splits(listing: Listing) -> list[Split]:

@@ -31,14 +31,15 @@ class Row:
     split: Split | None = None
 
 
-def data_set(name: str, listing: Listing, rows: Sequence[Row], options: ReadOptions) -> DataSet:
-    """People and cameras are numbered in the order of their sorted names. Raises `DataError` when there is no image, or
-    when only one of query and gallery is there."""
+def data_set(name: str, root: Path, listing: Listing, rows: Sequence[Row], options: ReadOptions) -> DataSet:
+    """People and cameras are numbered in the order of their sorted names. root: the folder or table that the rows come
+    from, for messages. Raises `DataError` when there is no image, when only one of query and gallery is there, or when
+    a single identity should be split."""
     if not rows:
-        raise DataError(f"{listing.root}: no image found")
+        raise DataError(f"{root}: no image found")
     notes: list[str] = []
     if all(row.split is None for row in rows):
-        rows, notes = split_by_identity(rows, options)
+        rows, notes = split_by_identity(root, rows, options)
     people = sorted({row.person for row in rows})
     cameras = sorted({row.camera for row in rows if row.camera is not None})
     if not cameras:
@@ -54,17 +55,15 @@ def data_set(name: str, listing: Listing, rows: Sequence[Row], options: ReadOpti
     train, query, gallery = (of(split) for split in SPLITS)
     if bool(len(query)) != bool(len(gallery)):
         missing = "gallery" if len(query) else "query"
-        raise DataError(f"{listing.root}: there are images to evaluate on, but none in {missing}")
-    return DataSet(
-        name, listing.root, train, query, gallery, listing.reasons(), tuple(notes), tuple(people), tuple(cameras)
-    )
+        raise DataError(f"{root}: there are images to evaluate on, but none in {missing}")
+    return DataSet(name, root, train, query, gallery, listing.reasons(), tuple(notes), tuple(people), tuple(cameras))
 
 
-def split_by_identity(rows: Sequence[Row], options: ReadOptions) -> tuple[list[Row], list[str]]:
+def split_by_identity(root: Path, rows: Sequence[Row], options: ReadOptions) -> tuple[list[Row], list[str]]:
     """`rows` with a split each, and what to tell the user about it."""
     people = sorted({row.person for row in rows})
     if len(people) < 2:
-        raise DataError(f"{len(people)} identity cannot be split into training and test; at least two are needed")
+        raise DataError(f"{root}: 1 identity cannot be split into training and test; at least two are needed")
     shuffled = np.random.default_rng(options.seed).permutation(len(people))
     trained = {people[number] for number in shuffled[: len(people) // 2]}
     images_of, seen = Counter(row.person for row in rows), Counter[str]()

@@ -61,7 +61,8 @@ class Listing:
         except OSError as error:
             raise DataError(f"{where}: {path}: {error.strerror}") from error
         if not is_file:
-            raise DataError(f"{where}: there is no file {path}")
+            hint = "; write folders with /, not \\" if "\\" in name else ""
+            raise DataError(f"{where}: there is no file {path}{hint}")
         return path
 
     def leave_out(self, reason: str, path: Path) -> None:

@@ -35,7 +35,7 @@ def read_table(path: Path, options: ReadOptions) -> DataSet:
     unsplit = sum(row.split is None for row in rows)
     if 0 < unsplit < len(rows):
         raise DataError(f"{path}: {unsplit} of {len(rows)} lines have no split; state it for all or for none")
-    return data_set(path.stem, listing, rows, options)
+    return data_set(path.stem, path, listing, rows, options)
 
 
 def _rows(listing: Listing, name: str) -> Iterator[Row]:
