@@ -13,7 +13,6 @@ from __future__ import annotations
 import hashlib
 import json
 import math
-import os
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -27,6 +26,7 @@ from safetensors.numpy import load as load_tensors
 from safetensors.numpy import save as save_tensors
 
 from chains.arch import architecture
+from chains.atomic import write_whole
 from chains.chain import (
     AFFINE,
     FALSE_ACCEPT_RATES,
@@ -70,12 +70,7 @@ def dump(chain: Chain) -> bytes:
 def save(chain: Chain, path: Path) -> StoredChain:
     """Write `chain` to `path`, whole or not at all."""
     data = dump(chain)
-    draft = path.with_name(path.name + ".partial")
-    with draft.open("wb") as file:
-        file.write(data)
-        file.flush()
-        os.fsync(file.fileno())
-    draft.replace(path)
+    write_whole(path, data)
     return StoredChain(chain, hashlib.sha256(data).hexdigest(), len(data))
 
 

@@ -40,7 +40,7 @@ def load_checkpoint(path: Path, tensors: Mapping[str, Tensor], run: Mapping[str,
         with safe_open(path, framework="pt") as file:
             step = _require_same_run(path, (file.metadata() or {}).get(KEY), run)
             stored = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 - no mapping
-    except SafetensorError as error:
+    except (SafetensorError, json.JSONDecodeError) as error:
         raise DataError(f"'{path}' is no checkpoint ({error}); delete it to start again") from error
     _require_same_tensors(path, stored, tensors)
     with torch.no_grad():

@@ -77,6 +77,7 @@ def joined(device: str) -> Iterator[Processes]:
         yield Processes()
         return
     if device == "cuda":
+        _require_gpu()
         torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
     distributed.init_process_group("nccl" if device == "cuda" else "gloo", timeout=PATIENCE)
     try:
@@ -91,7 +92,11 @@ def local_device(name: str) -> torch.device:
     if name not in {"cpu", "cuda"}:
         raise DataError(f"a device is 'cpu' or 'cuda', not '{name}'; under torchrun each process takes its own GPU")
     if name == "cuda":
-        if not torch.cuda.is_available():
-            raise DataError("device 'cuda' was asked for, but torch finds no GPU; install a CUDA build or use 'cpu'")
+        _require_gpu()
         return torch.device("cuda", torch.cuda.current_device())
     return torch.device("cpu")
+
+
+def _require_gpu() -> None:
+    if not torch.cuda.is_available():
+        raise DataError("device 'cuda' was asked for, but torch finds no GPU; install a CUDA build or use 'cpu'")

@@ -179,6 +179,7 @@ def test_a_save_that_fails_leaves_the_old_file(tmp_path: Path, monkeypatch: pyte
     with pytest.raises(OSError, match="No space"):
         save(replace(CHAIN, name="other"), path)
     assert path.read_bytes() == BYTES
+    assert list(tmp_path.iterdir()) == [path]
 
 
 def a_torch_zip() -> bytes:

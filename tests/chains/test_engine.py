@@ -6,10 +6,11 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import safetensors.torch
 import torch
 from torch import Tensor, nn
 
-from chains.checkpoint import load_checkpoint, save_checkpoint
+from chains.checkpoint import KEY, load_checkpoint, save_checkpoint
 from chains.data.batches import BatchRecipe
 from chains.errors import DataError, WidthError
 from chains.losses import LossRecipe, ReIDLoss
@@ -279,6 +280,13 @@ def test_a_file_that_is_no_checkpoint_is_refused(tmp_path: Path) -> None:
     path.write_bytes(b"no safetensors")
     with pytest.raises(DataError, match="is no checkpoint"):
         fit(Quadratic(), flat_people(), INPUT, RECIPE, 0, Run(checkpoint=path))
+
+
+def test_a_checkpoint_with_broken_metadata_is_refused(tmp_path: Path) -> None:
+    path = tmp_path / "checkpoint"
+    safetensors.torch.save_file({"a": torch.ones(1)}, path, {KEY: "{"})
+    with pytest.raises(DataError, match="is no checkpoint"):
+        load_checkpoint(path, {"a": torch.ones(1)}, {})
 
 
 def test_a_checkpoint_of_other_tensors_is_refused(tmp_path: Path) -> None:
