@@ -160,7 +160,7 @@ def main() -> None:
     )
     options = parser.parse_args()
     WORK.mkdir(parents=True, exist_ok=True)
-    teachers = [(0, task) for _, task in compare.tasks(list(SITES), [SEED]) if task[0].startswith("teacher")]
+    teachers = [(0, task) for _, task in compare.tasks([SEED]) if task[0].startswith("teacher")]
     ideas: dict[str, compare.Task] = {
         name_of(idea, site): (name_of(idea, site), measure, (Site(site), idea)) for idea in IDEAS for site in SITES
     }
