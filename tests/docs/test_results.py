@@ -1,7 +1,7 @@
 """The committed result tables keep what the issues and the docs promise of them."""
 
 import csv
-from itertools import groupby
+from itertools import groupby, pairwise
 from pathlib import Path
 from statistics import mean
 
@@ -38,7 +38,11 @@ def test_the_narrowest_student_is_not_below_the_same_net_trained_alone_on_as_man
     assert float(student["map"]) >= max(float(row["map"]) for row in alone)
 
 
-@pytest.mark.parametrize("name", ["capacity.csv", "capacity_long.csv", "demo_chain.csv", "demo_chain_alone.csv"])
+ACCURACY = ("capacity.csv", "capacity_long.csv", "demo_chain.csv", "demo_chain_alone.csv")
+COMPARED = ("zero_training.csv", "after_training.csv", "alone_curve.csv", "comparison_means.csv")
+
+
+@pytest.mark.parametrize("name", [*ACCURACY, *COMPARED])
 def test_every_figure_of_an_accuracy_table_stands_in_the_docs(name: str) -> None:
     pages = " ".join(page.read_text() for page in (ROOT / "docs" / "explanation").glob("*.md"))
     for row in rows(name):
@@ -60,3 +64,96 @@ def test_loading_keeps_up_with_training_and_the_docs_say_by_how_much() -> None:
         size = f"{row['height']}×{row['width']}"
         assert f"| {size} | {row['images_per_s']} | {quickest} (" in page
         assert f"| {row['over_training']} |" in page
+
+
+# --- the comparison: synthetic people, ladder ¼ … 1 in eighths, no training after provisioning
+
+LADDER = [f"{stem}x2-4-8" for stem in range(4, 17, 2)]
+SEEDS = {"0", "1", "2"}
+
+
+def compared(method: str, name: str = "zero_training.csv") -> dict[str, float]:
+    """Width -> mAP, mean over three seeds."""
+    of_method = [row for row in rows(name) if row["method"] == method and "default" in row["dataset"]]
+    means = {}
+    for width in dict.fromkeys(row["width"] for row in of_method):
+        of_seeds = {row["seed"]: float(row["map"]) for row in of_method if row["width"] == width}
+        assert of_seeds.keys() == SEEDS, (method, width)
+        means[width] = mean(of_seeds.values())
+    return means
+
+
+def test_the_nested_chain_beats_the_paper_s_without_training_above_the_narrowest_width() -> None:
+    nested, paper = compared("nested"), compared("oskt")
+    assert list(nested) == list(paper) == LADDER
+    assert all(nested[width] > paper[width] for width in LADDER[1:])
+    assert nested[LADDER[0]] >= paper[LADDER[0]] - 1
+
+
+def test_accuracy_rises_with_every_rung_of_the_nested_chain() -> None:
+    curve = list(compared("nested").values())
+    assert all(wider >= narrower - 1 for narrower, wider in pairwise(curve))
+
+
+def test_four_fifths_of_the_way_to_the_teacher_are_made_by_three_quarters_of_the_width() -> None:
+    nested, teacher = compared("nested"), compared("teacher")[LADDER[-1]]
+    narrowest, three_quarters = nested["4x2-4-8"], nested["12x2-4-8"]
+    assert three_quarters - narrowest >= 0.8 * (teacher - narrowest)
+    assert nested[LADDER[-1]] >= teacher
+
+
+def test_every_width_is_at_least_as_good_as_trained_alone_on_as_many_images() -> None:
+    nested, alone = compared("nested"), compared("alone")
+    assert all(nested[width] >= alone[width] for width in LADDER)
+    images = {row["images"] for row in rows("zero_training.csv") if row["method"] in {"nested", "alone"}}
+    assert len(images) == 1
+
+
+def test_a_narrow_camera_finds_at_least_as_much_in_a_wide_gallery_as_in_its_own() -> None:
+    def crossed(query: str, gallery: str) -> float:
+        return mean(
+            float(row["map"])
+            for row in rows("cross_width.csv")
+            if (row["method"], row["query_width"], row["gallery_width"]) == ("nested", query, gallery)
+            and "default" in row["dataset"]
+        )
+
+    assert crossed(LADDER[0], LADDER[-1]) >= crossed(LADDER[0], LADDER[0])
+
+
+def across(method: str) -> float:
+    """Mean mAP over all pairs of unlike widths and all seeds."""
+    table = [row for row in rows("cross_width.csv") if row["method"] == method and "default" in row["dataset"]]
+    return mean(float(row["map"]) for row in table if row["query_width"] != row["gallery_width"])
+
+
+def test_the_nested_chain_is_not_behind_plain_merging_and_ahead_on_the_mean() -> None:
+    nested, plain = compared("nested"), compared("merge")
+    assert all(nested[width] >= plain[width] - 0.5 for width in LADDER)
+    assert mean(nested.values()) > mean(plain.values())
+    assert across("nested") > across("merge")
+
+
+def test_slices_are_beaten_on_the_mean_and_across_widths_and_the_docs_say_where_not() -> None:
+    nested, slices = compared("nested"), compared("slices")
+    assert mean(nested.values()) > mean(slices.values())
+    assert across("nested") > across("slices")
+    behind = [width for width in LADDER if nested[width] < slices[width] - 0.5]
+    assert behind == ["10x2-4-8", "16x2-4-8"]
+    page = (ROOT / "docs" / "explanation" / "refinement.md").read_text()
+    assert "**missed at two of seven widths**" in page
+
+
+def test_after_the_same_downstream_training_starts_rank_as_in_the_paper() -> None:
+    def after(method: str) -> float:
+        return compared(method, "after_training.csv")["4x2-4-8"]
+
+    assert after("oskt") > after("depgraph") > max(after("kd"), after("weight selection"))
+    assert min(after("kd"), after("weight selection")) > after("scratch")
+
+
+def test_the_cost_curve_has_fifty_models_and_only_chains_without_training_flatten() -> None:
+    curve = {(row["method"], int(row["models"])): float(row["compute_macs"]) for row in rows("cost_curve.csv")}
+    assert {models for _, models in curve} == set(range(1, 51))
+    assert curve["nested", 50] < 1.05 * curve["nested", 1]
+    assert curve["nested", 50] < min(curve[method, 50] for method in ("scratch", "kd", "depgraph", "oskt"))
