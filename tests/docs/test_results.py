@@ -144,6 +144,13 @@ def test_slices_are_beaten_on_the_mean_and_across_widths_and_the_docs_say_where_
     assert "**missed at two of seven widths**" in page
 
 
+def test_the_docs_say_that_slices_win_on_the_second_site() -> None:
+    table = [row for row in rows("zero_training.csv") if "station" in row["dataset"]]
+    nested, slices = (mean(float(r["map"]) for r in table if r["method"] == name) for name in ("nested", "slices"))
+    assert slices > nested
+    assert "**Here slices win**" in (ROOT / "docs" / "explanation" / "refinement.md").read_text()
+
+
 def test_after_the_same_downstream_training_starts_rank_as_in_the_paper() -> None:
     def after(method: str) -> float:
         return compared(method, "after_training.csv")["4x2-4-8"]
