@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from chains.calibrate import BATCH, calibrate
-from chains.chain import Chain, InputSpec, Mode
+from chains.chain import Chain, Mode
 from chains.data.images import UNKNOWN_CAMERA, ImageSet
 from chains.errors import DataError
 from chains.evaluate import PROTOCOL, embed, evaluate_model, measure_frontier, protocol
@@ -21,18 +21,10 @@ from chains.ranking import rank_sets
 from chains.rerank import Reranking
 from chains.testing import pico_chain, with_own_norms
 from chains.width import Width
+from tests.chains.toys import INPUT, flat_people
 
 NO_GPU = pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU here")
-INPUT = InputSpec(32, 16, (0.5, 0.5, 0.5), (0.25, 0.25, 0.25))
-
-
-def flat_people(identities: int = 64, each: int = 4, seed: int = 0) -> ImageSet:
-    """Images of one colour per identity, with noise."""
-    generator = np.random.default_rng(seed)
-    pids = np.repeat(np.arange(identities), each)
-    colours = generator.integers(30, 226, (identities, 1, 1, 3))[pids]
-    noise = generator.integers(-25, 26, (len(pids), INPUT.height, INPUT.width, 3))
-    return ImageSet((colours + noise).astype(np.uint8), pids, np.tile(np.arange(each) % 2, identities))
+ENOUGH = 64  # identities of four images: one batch of calibration
 
 
 def a_chain(mode: Mode = "nested") -> Chain:
@@ -42,7 +34,7 @@ def a_chain(mode: Mode = "nested") -> Chain:
 
 
 def test_calibrated_statistics_are_those_of_the_student_s_own_activations() -> None:
-    people = flat_people()
+    people = flat_people(ENOUGH)
     chain = calibrate(a_chain(), people)
     assert set(chain.statistics) == set(chain.ladder)
     for width in chain.ladder:
@@ -55,13 +47,13 @@ def test_calibrated_statistics_are_those_of_the_student_s_own_activations() -> N
 @pytest.mark.parametrize("device", ["tpu", pytest.param("cuda", marks=NO_GPU)])
 def test_a_device_that_is_not_there_is_refused(device: str) -> None:
     with pytest.raises(DataError, match="device"):
-        calibrate(a_chain(), flat_people(), device)
+        calibrate(a_chain(), flat_people(ENOUGH), device)
     with pytest.raises(DataError, match="device"):
         measure_frontier(pico_chain(), *queries_and_gallery(), "flat colours", seed=0, device=device)
 
 
 def test_calibration_measures_a_width_with_the_norms_it_is_served_with() -> None:
-    people = flat_people()
+    people = flat_people(ENOUGH)
     chain = calibrate(with_own_norms(a_chain()), people)
     width = chain.ladder[0]
     embeddings = embed(load_student(chain, width), people, INPUT)
@@ -81,7 +73,7 @@ def test_calibration_averages_over_all_batches() -> None:
 def test_a_recalibrated_chain_has_no_frontier_until_it_is_measured_again() -> None:
     measured = replace(a_chain(), frontier=pico_chain(stem=4, narrowest=2, rungs=3).frontier)
     assert measured.frontier is not None
-    assert calibrate(measured, flat_people()).frontier is None
+    assert calibrate(measured, flat_people(ENOUGH)).frontier is None
 
 
 def test_calibration_on_too_few_images_is_refused() -> None:
@@ -91,7 +83,7 @@ def test_calibration_on_too_few_images_is_refused() -> None:
 
 @pytest.fixture(scope="module", params=["nested", "oskt"])
 def chain(request: pytest.FixtureRequest) -> Chain:
-    return calibrate(a_chain(request.param), flat_people())
+    return calibrate(a_chain(request.param), flat_people(ENOUGH))
 
 
 def queries_and_gallery(identities: int = 64) -> tuple[ImageSet, ImageSet]:
@@ -138,7 +130,7 @@ def test_cut_offs_of_every_pair_of_widths_keep_their_rate_on_its_cosines(chain: 
 
 
 def test_a_set_too_small_to_show_a_rate_has_no_cut_off_for_it() -> None:
-    chain = calibrate(a_chain(), flat_people())
+    chain = calibrate(a_chain(), flat_people(ENOUGH))
     frontier = measure_frontier(chain, *queries_and_gallery(identities=8), "flat colours", seed=0)
     hundredth, thousandth = frontier.thresholds  # 8 × 21 pairs of different people
     assert all(threshold is not None for row in hundredth.matrix for threshold in row)
@@ -182,7 +174,7 @@ def test_the_protocol_says_when_cameras_are_unknown() -> None:
 
 
 def test_without_cameras_every_image_of_the_identity_is_a_match() -> None:
-    chain = calibrate(a_chain(), flat_people())
+    chain = calibrate(a_chain(), flat_people(ENOUGH))
     queries, gallery = queries_and_gallery()
     nowhere = [replace(images, camids=np.full(len(images), UNKNOWN_CAMERA)) for images in (queries, gallery)]
     one_camera = [replace(images, camids=np.zeros(len(images), np.int64)) for images in (queries, gallery)]
@@ -192,7 +184,7 @@ def test_without_cameras_every_image_of_the_identity_is_a_match() -> None:
 
 
 def test_a_frontier_of_re_ranked_lists_says_so_and_keeps_its_cut_offs() -> None:
-    chain = calibrate(a_chain(), flat_people())
+    chain = calibrate(a_chain(), flat_people(ENOUGH))
     queries, gallery = queries_and_gallery()
     plain, reranked = (
         measure_frontier(chain, queries, gallery, "flat colours", 0, how) for how in (None, Reranking(k1=4, k2=2))
@@ -203,7 +195,7 @@ def test_a_frontier_of_re_ranked_lists_says_so_and_keeps_its_cut_offs() -> None:
 
 
 def test_one_model_is_measured_in_its_native_space() -> None:
-    chain = calibrate(a_chain(), flat_people())
+    chain = calibrate(a_chain(), flat_people(ENOUGH))
     queries, gallery = queries_and_gallery()
     model = load_student(chain, chain.ladder[0])
     embedded = [embed(model, images, INPUT) for images in (queries, gallery)]
@@ -213,7 +205,7 @@ def test_one_model_is_measured_in_its_native_space() -> None:
 
 
 def test_embedding_uses_running_statistics_and_gives_the_model_back_as_it_was() -> None:
-    chain = calibrate(a_chain(), flat_people())
+    chain = calibrate(a_chain(), flat_people(ENOUGH))
     model, images = load_student(chain, chain.ladder[0]), flat_people(4)
     expected = embed(model, images, INPUT)
     model.train()
@@ -222,7 +214,7 @@ def test_embedding_uses_running_statistics_and_gives_the_model_back_as_it_was() 
 
 
 def test_images_of_another_size_are_refused() -> None:
-    chain = calibrate(a_chain(), flat_people())
+    chain = calibrate(a_chain(), flat_people(ENOUGH))
     with pytest.raises(DataError, match="32x16 pixels"):
         embed(load_student(chain, chain.ladder[0]), flat_people(4), replace(INPUT, height=64))
 
