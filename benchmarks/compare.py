@@ -61,7 +61,8 @@ LADDER = even_ladder(QUARTER, FULL, 7)  # ¼ to 1 in eighths
 NARROW = LADDER[0]
 SITES = {"default": PeopleSettings(), "station": STATION}
 HEIGHT, WIDTH = 64, 32  # pixels, half of the renderer's: three seeds of everything have to fit into an afternoon
-TEACHER_STEPS, REFINE_STEPS, DOWNSTREAM_STEPS = 2000, 2000, 1000  # batches of 64 images
+TEACHER_STEPS, REFINE_STEPS, DOWNSTREAM_STEPS = 2000, 2000, 1000
+BATCH = recipe(1).images  # of a step
 PLAIN = NestedRecipe(own_norms=False)
 SANDWICHES: Mapping[str, NestedRecipe] = {"nested": NestedRecipe(), "merge": PLAIN, "slices": PLAIN}
 DOWNSTREAM = ("scratch", "kd", "weight selection", "depgraph", "oskt", "nested")
@@ -134,8 +135,8 @@ def refine_and_measure(site: Site, seed: int, method: str) -> Rows:
         chain = calibrate(new_chain(site, refined), calibration_images(people, seed))
         save(chain, site.path(method, seed))
         embedded = {width: embed_lifted(site, chain, width) for width in LADDER}
-    spent = BACKWARD_FACTOR * 64 * (TEACHER_STEPS * site.macs(FULL) + steps * step_macs(site, method))
-    return [*own_rows(site, method, seed, embedded, 64 * steps, spent), *cross_rows(site, method, seed, embedded)]
+    spent = BACKWARD_FACTOR * BATCH * (TEACHER_STEPS * site.macs(FULL) + steps * step_macs(site, method))
+    return [*own_rows(site, method, seed, embedded, BATCH * steps, spent), *cross_rows(site, method, seed, embedded)]
 
 
 def refine_slices(site: Site, teacher: Trained, steps: int, seed: int) -> Embedded:
@@ -166,8 +167,8 @@ def step_macs(site: Site, method: str) -> float:
 def train_width(site: Site, seed: int, width: Width, steps: int) -> Rows:
     """A width trained alone from scratch."""
     trained = train_alone(ARCHITECTURE, width, images(site, "train"), site.input, recipe(steps), seed)
-    spent = BACKWARD_FACTOR * 64 * steps * site.macs(width)
-    return [accuracy_row(site, "alone", seed, width, evaluate(site, trained.model), 64 * steps, spent)]
+    spent = BACKWARD_FACTOR * BATCH * steps * site.macs(width)
+    return [accuracy_row(site, "alone", seed, width, evaluate(site, trained.model), BATCH * steps, spent)]
 
 
 def train_downstream(site: Site, seed: int, method: str) -> Rows:
@@ -189,14 +190,14 @@ def train_downstream(site: Site, seed: int, method: str) -> Rows:
 
 def before_downstream(site: Site, method: str) -> int:
     """Multiply-adds a method has spent before, or beside, its student's own training."""
-    teacher = BACKWARD_FACTOR * 64 * TEACHER_STEPS * site.macs(FULL)
+    teacher = BACKWARD_FACTOR * BATCH * TEACHER_STEPS * site.macs(FULL)
     if method == "scratch":
         return 0
     if method in DISTILLED:
-        return teacher + 64 * DOWNSTREAM_STEPS * site.macs(FULL)
+        return teacher + BATCH * DOWNSTREAM_STEPS * site.macs(FULL)
     if method in STARTS:
         return teacher
-    return teacher + round(BACKWARD_FACTOR * 64 * refine_steps(site, method) * step_macs(site, method))
+    return teacher + round(BACKWARD_FACTOR * BATCH * refine_steps(site, method) * step_macs(site, method))
 
 
 # --- what is measured
@@ -345,7 +346,7 @@ def write_tables(finished: list[Task]) -> None:
     write_table(RESULTS / MEANS, list(means(own)))
     for row in own:
         del row["precisions"]
-    seen = 64 * REFINE_STEPS
+    seen = BATCH * REFINE_STEPS
     write_table(RESULTS / CROSS, [row for row in rows if "query_width" in row])
     write_table(
         RESULTS / ZERO, [r for r in own if not r["trained_after"] and (r["method"] != "alone" or r["images"] == seen)]

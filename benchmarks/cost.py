@@ -36,7 +36,7 @@ from itertools import cycle, islice
 from pathlib import Path
 from statistics import mean
 
-from benchmarks.compare import DOWNSTREAM_STEPS, LADDER, REFINE_STEPS, TEACHER_STEPS, Site
+from benchmarks.compare import BATCH, DOWNSTREAM_STEPS, LADDER, REFINE_STEPS, TEACHER_STEPS, Site
 from benchmarks.setup import BACKWARD_FACTOR, CALIBRATION_IMAGES, RESULTS, command
 
 MODELS = 50
@@ -127,7 +127,7 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--teacher-steps", type=int, default=TEACHER_STEPS)
     parser.add_argument("--refine-steps", type=int, default=REFINE_STEPS)
     parser.add_argument("--downstream-steps", type=int, default=DOWNSTREAM_STEPS)
-    parser.add_argument("--batch", type=int, default=64, help="images of a step")
+    parser.add_argument("--batch", type=int, default=BATCH, help="images of a step")
     parser.add_argument("--calibration-images", type=int, default=CALIBRATION_IMAGES, help="for every width")
     parser.add_argument("--models", type=int, default=MODELS)
     parser.add_argument("--out", type=Path, default=OUT)

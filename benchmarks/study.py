@@ -22,10 +22,11 @@ from benchmarks import compare
 from benchmarks.compare import LADDER, SITES, WORK, Rows, Site, images
 from benchmarks.setup import RESULTS, calibration_images, recipe, write_table
 from benchmarks.slices import SliceSandwich
+from chains.arch import NORM_EPSILON, Conv
 from chains.calibrate import recalibrate
 from chains.chain import Floats
 from chains.cut import NestedTree
-from chains.model import model_of, numpy_tensors
+from chains.model import model_of, module_name, numpy_tensors
 from chains.nested import NestedRecipe, Sandwich
 from chains.train import Trained, fit
 from chains.tree import group_rows, grow_trees, ward_tree
@@ -44,11 +45,10 @@ def on_scaled_rows(teacher: Trained) -> Trees:
     """Ward trees of rows scaled by their norm's γ / σ: what the next layer sees of them."""
     table, tensors, state = teacher.model.table, numpy_tensors(teacher.model), teacher.model.state_dict()
     scaled = dict(tensors)
-    for node in table.nodes:
-        if (norm := getattr(node, "norm", None)) and f"{node.name if hasattr(node, 'name') else ''}.weight" in tensors:
-            deviation = np.sqrt(state[f"backbone.{norm}.running_var"].numpy() + 1e-5)
-            gain = tensors[f"{norm}.weight"] / deviation
-            scaled[f"{node.name}.weight"] = tensors[f"{node.name}.weight"] * gain.reshape(-1, 1, 1, 1)
+    for conv in (node for node in table.nodes if isinstance(node, Conv)):
+        deviation = np.sqrt(state[module_name(f"{conv.norm}.running_var")].numpy() + NORM_EPSILON)
+        gain = tensors[f"{conv.norm}.weight"] / deviation
+        scaled[f"{conv.name}.weight"] = tensors[f"{conv.name}.weight"] * gain.reshape(-1, 1, 1, 1)
     return {group: ward_tree(group_rows(scaled, table.writers(group))) for group in table.groups}
 
 
@@ -131,7 +131,15 @@ def measure(site: Site, name: str) -> Rows:
         recalibrate(student, calibration_images(people, SEED), site.input)
         queries, gallery = (torch.from_numpy(e) for e in compare.embeddings(site, student))
         embedded[width] = (objective.lift(width, queries).numpy(), objective.lift(width, gallery).numpy())
-    return [{"idea": name, "dataset": site.title, "seed": SEED, "images": 64 * STEPS, **figures(site, name, embedded)}]
+    return [
+        {
+            "idea": name,
+            "dataset": site.title,
+            "seed": SEED,
+            "images": recipe(STEPS).images,
+            **figures(site, name, embedded),
+        }
+    ]
 
 
 def figures(site: Site, name: str, embedded: compare.Embedded) -> dict[str, float]:
