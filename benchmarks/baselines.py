@@ -30,7 +30,9 @@ from torch import Tensor, nn
 
 from chains.arch import Architecture
 from chains.chain import STATISTICS, InputSpec
+from chains.errors import ArchitectureError
 from chains.model import ReIDModel, model_of, module_name
+from chains.nodes import Channels
 from chains.train import Trained
 from chains.width import Width
 
@@ -87,12 +89,21 @@ def select(teacher: ReIDModel, width: Width, kept: Mapping[str, Indices]) -> ReI
     state, table = teacher.state_dict(), teacher.table
     tensors: dict[str, NDArray[np.float32]] = {}
     for name, axes in table.axes.items():
-        rows = state[module_name(name)].cpu().numpy()[kept[axes.rows]]
-        tensors[name] = rows if axes.columns is None else rows[:, kept[axes.columns]]
-    for norm, group in table.norms.items():
+        rows = state[module_name(name)].cpu().numpy()[kept[only(axes.rows)]]
+        tensors[name] = rows if axes.columns is None else rows[:, kept[only(axes.columns)]]
+    for norm, groups in table.batch_norms.items():
         for kind in STATISTICS:
-            tensors[f"{norm}.{kind}"] = state[module_name(f"{norm}.{kind}")].cpu().numpy()[kept[group]]
+            tensors[f"{norm}.{kind}"] = state[module_name(f"{norm}.{kind}")].cpu().numpy()[kept[only(groups)]]
     return model_of(table.name, width, tensors)
+
+
+def only(channels: Channels) -> str:
+    """The group of an axis. Raises `ArchitectureError` where there are several: these baselines take plain ResNets."""
+    if len(channels) != 1:
+        raise ArchitectureError(
+            f"an axis of {len(channels)} groups cannot be selected from; the baselines take ResNets"
+        )
+    return channels[0]
 
 
 def depgraph(teacher: Trained, width: Width) -> ReIDModel:
@@ -134,7 +145,7 @@ def _shares(model: ReIDModel, width: Width) -> dict[nn.Module, float]:
     sizes = _sizes(model, width)
     shares: dict[nn.Module, float] = {}
     for name, axes in model.table.axes.items():
-        full, narrow = sizes[axes.rows]
+        full, narrow = sizes[only(axes.rows)]
         module = modules[module_name(name).removesuffix(".weight").removesuffix(".bias")]
         if isinstance(module, nn.Conv2d):
             shares[module] = max(0.0, 1 - (narrow + 0.5) / full)

@@ -38,10 +38,10 @@ from benchmarks.setup import (
     RESULTS,
     calibration_images,
     recipe,
-    write_table,
+    update_table,
 )  # fmt: skip
-from benchmarks.slices import SliceSandwich
-from chains.arch import architecture
+from benchmarks.slices import PartialSandwich, leading_trees
+from chains.architectures import architecture
 from chains.artifact import load, save
 from chains.calibrate import calibrate, recalibrate
 from chains.chain import Chain, Floats, InputSpec
@@ -63,8 +63,15 @@ SITES = {"default": PeopleSettings(), "station": STATION}
 HEIGHT, WIDTH = 64, 32  # pixels, half of the renderer's: three seeds of everything have to fit into an afternoon
 TEACHER_STEPS, REFINE_STEPS, DOWNSTREAM_STEPS = 2000, 2000, 1000
 BATCH = recipe(1).images  # of a step
-PLAIN = NestedRecipe(own_norms=False)
-SANDWICHES: Mapping[str, NestedRecipe] = {"nested": NestedRecipe(), "merge": PLAIN, "slices": PLAIN}
+PLAIN = NestedRecipe(own_norms=False, merged_share=1)
+SANDWICHES: Mapping[str, NestedRecipe] = {
+    "nested": NestedRecipe(),
+    "nested, no trees inside": NestedRecipe(merged_share=0),
+    "nested, similarity 20": NestedRecipe(similarity_weight=20),
+    "merge, own norms": NestedRecipe(merged_share=1),
+    "merge": PLAIN,
+    "slices": PLAIN,
+}
 DOWNSTREAM = ("scratch", "kd", "weight selection", "depgraph", "oskt", "nested")
 WORK = Path("build/compare")
 
@@ -141,7 +148,7 @@ def refine_and_measure(site: Site, seed: int, method: str) -> Rows:
 
 def refine_slices(site: Site, teacher: Trained, steps: int, seed: int) -> Embedded:
     people = images(site, "train")
-    sandwich = SliceSandwich(teacher, LADDER, SANDWICHES["slices"], seed)
+    sandwich = PartialSandwich(teacher, leading_trees(teacher, 0, 0), LADDER, SANDWICHES["slices"], seed)
     fit(sandwich, people, site.input, recipe(steps), seed)
     embedded = {}
     for width in LADDER:
@@ -281,7 +288,7 @@ Task = tuple[str, Callable[..., Rows], tuple[Any, ...]]
 
 def tasks(seeds: list[int]) -> Iterator[tuple[int, Task]]:
     """(stage, (name, function, arguments)): a stage needs what the one before leaves. Everything is done on the default
-    site with every seed; on the second site the first seed has to do, for the sandwiches alone."""
+    site, on the second site the sandwiches alone."""
     site, second = Site("default"), Site("station")
     for seed in seeds:
         yield from _chains(site, seed, (*SANDWICHES, "oskt"))
@@ -289,7 +296,7 @@ def tasks(seeds: list[int]) -> Iterator[tuple[int, Task]]:
             yield 1, (f"alone:{width.stem}:{seed}:{REFINE_STEPS}", train_width, (site, seed, width, REFINE_STEPS))
         for method in DOWNSTREAM:
             yield 2, (f"downstream:{method}:{seed}", train_downstream, (site, seed, method))
-    yield from _chains(second, seeds[0], SANDWICHES)
+        yield from _chains(second, seed, SANDWICHES)
     for width, steps in curve(site):
         yield 3, (f"curve:{width.stem}:{steps}", train_width, (site, seeds[0], width, steps))
 
@@ -337,22 +344,29 @@ def run_all(everything: list[tuple[int, Task]], processes: int) -> None:
 
 ZERO, AFTER, ALONE = "zero_training.csv", "after_training.csv", "alone_curve.csv"
 CROSS, MEANS = "cross_width.csv", "comparison_means.csv"
+MEAN_OF = ("method", "dataset", "width", "trained_after", "images")
 RESAMPLES = 1000
 
 
 def write_tables(finished: list[Task]) -> None:
+    """What these tasks gave takes the place of the rows it is a repetition of; the others stay as they are."""
     rows = results_of(finished, "benchmarks.compare --only")
     own = [row for row in rows if "width" in row]
-    write_table(RESULTS / MEANS, list(means(own)))
+    update_table(RESULTS / MEANS, list(means(own)), MEAN_OF, is_better=_is_over_as_many_seeds)
     for row in own:
         del row["precisions"]
     seen = BATCH * REFINE_STEPS
-    write_table(RESULTS / CROSS, [row for row in rows if "query_width" in row])
-    write_table(
-        RESULTS / ZERO, [r for r in own if not r["trained_after"] and (r["method"] != "alone" or r["images"] == seen)]
-    )
-    write_table(RESULTS / AFTER, [row for row in own if row["trained_after"]])
-    write_table(RESULTS / ALONE, [row for row in own if row["method"] == "alone" and row["seed"] == 0])
+    crossing = [row for row in rows if "query_width" in row]
+    served = [row for row in own if not row["trained_after"] and (row["method"] != "alone" or row["images"] == seen)]
+    alone = [row for row in own if row["method"] == "alone" and row["seed"] == 0]
+    update_table(RESULTS / CROSS, crossing, ("method", "dataset", "seed", "query_width", "gallery_width"))
+    update_table(RESULTS / ZERO, served, ("method", "dataset", "seed", "width"))
+    update_table(RESULTS / AFTER, [row for row in own if row["trained_after"]], ("method", "dataset", "seed", "width"))
+    update_table(RESULTS / ALONE, alone, ("dataset", "width", "images"))
+
+
+def _is_over_as_many_seeds(new: Mapping[str, Any], old: Mapping[str, str]) -> bool:
+    return int(new["seeds"]) >= int(old["seeds"])
 
 
 def results_of(finished: list[Task], command: str) -> Rows:
@@ -364,9 +378,8 @@ def results_of(finished: list[Task], command: str) -> Rows:
 def means(rows: Rows) -> Iterator[dict[str, Any]]:
     """Mean mAP over the seeds of every method, data set, width and number of images, with a 95 % bootstrap interval:
     queries are resampled, the same for all seeds, because all rank the same queries."""
-    keys = ("method", "dataset", "width", "trained_after", "images")
-    for key in dict.fromkeys(tuple(row[name] for name in keys) for row in rows):
-        of_seeds = [row for row in rows if tuple(row[name] for name in keys) == key]
+    for key in dict.fromkeys(tuple(row[name] for name in MEAN_OF) for row in rows):
+        of_seeds = [row for row in rows if tuple(row[name] for name in MEAN_OF) == key]
         precisions = 100 * np.array([row["precisions"] for row in of_seeds]).mean(axis=0)  # (queries,)
         generator = np.random.default_rng(0)
         resampled = [
@@ -375,7 +388,7 @@ def means(rows: Rows) -> Iterator[dict[str, Any]]:
         low, high = np.percentile(resampled, [2.5, 97.5])
         figures = {"map": precisions.mean(), "map_low": low, "map_high": high}
         yield {
-            **dict(zip(keys, key, strict=True)),
+            **dict(zip(MEAN_OF, key, strict=True)),
             "seeds": len(of_seeds),
             **{name: round(float(value), 2) for name, value in figures.items()},
         }
@@ -389,7 +402,7 @@ def main() -> None:
     run_all(chosen, options.processes)
     finished = [task for _, task in everything if result_path(task[0]).exists()]
     if len(finished) < len(everything):
-        print(f"the tables hold {len(finished)} of {len(everything)} tasks; run the rest without --only")
+        print(f"{len(finished)} of {len(everything)} tasks are done here; the tables keep their rows of the others")
     write_tables(finished)
 
 

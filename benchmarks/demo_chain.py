@@ -34,6 +34,7 @@ from chains.chain import Chain, Frontier
 from chains.cost import count_params
 from chains.data.synthetic import gallery_images, query_images, train_images
 from chains.evaluate import evaluate_model, measure_frontier
+from chains.nested import NestedRecipe, recipe_values
 from chains.refine import Refined, refine
 from chains.train import Run, every, train_alone
 
@@ -78,7 +79,7 @@ def provenance(teacher_map: float, options: argparse.Namespace) -> dict[str, Any
         "seed": options.seed,
         "teacher_images": recipe(options.teacher_steps).images,
         "teacher_map": round(teacher_map, 2),
-        "refinement": "nested sandwich: full, narrowest, one between; shared classifier; similarity loss 10",
+        "refinement": {"mode": "nested", "nested": recipe_values(NestedRecipe())},
         "refinement_images": recipe(options.steps).images,
         "calibration_images": CALIBRATION_IMAGES,
     }

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import csv
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
 
-from chains.arch import architecture
+from chains.architectures import architecture
 from chains.chain import InputSpec
 from chains.cost import count_macs, count_params
 from chains.data.batches import BatchRecipe
@@ -80,6 +80,23 @@ def write_table(path: Path, rows: Sequence[Mapping[str, object]]) -> None:
         writer = csv.DictWriter(file, fieldnames=list(rows[0]), lineterminator="\n", extrasaction="ignore")
         writer.writeheader()
         writer.writerows(rows)
+
+
+def update_table(
+    path: Path,
+    rows: Sequence[Mapping[str, object]],
+    keys: Sequence[str],
+    is_better: Callable[[Mapping[str, object], Mapping[str, str]], bool] = lambda new, old: True,  # noqa: ARG005
+) -> None:
+    """Put `rows` into a CSV in the place of rows that have the same `keys`, unless they are not better, or behind all
+    others. A run of some tasks so keeps what others have left, on whatever machine."""
+    old: dict[tuple[str, ...], dict[str, str]] = {}
+    if path.exists():
+        with path.open(newline="", encoding="utf-8") as file:
+            old = {tuple(row[key] for key in keys): row for row in csv.DictReader(file)}
+    new = {tuple(str(row[key]) for key in keys): row for row in rows}
+    kept = {key: row for key, row in new.items() if key not in old or is_better(row, old[key])}
+    write_table(path, list({**old, **kept}.values()))
 
 
 def append_row(path: Path, row: Mapping[str, object]) -> None:

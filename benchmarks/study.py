@@ -20,25 +20,31 @@ import torch
 
 from benchmarks import compare
 from benchmarks.compare import LADDER, SITES, WORK, Rows, Site, images
-from benchmarks.setup import RESULTS, calibration_images, recipe, write_table
-from benchmarks.slices import SliceSandwich
-from chains.arch import NORM_EPSILON, Conv
+from benchmarks.setup import RESULTS, calibration_images, recipe, update_table
+from benchmarks.slices import PartialSandwich, leading_trees
+from chains.arch import NORM_EPSILON
 from chains.calibrate import recalibrate
 from chains.chain import Floats
 from chains.cut import NestedTree
 from chains.model import model_of, module_name, numpy_tensors
-from chains.nested import NestedRecipe, Sandwich
+from chains.nested import NestedRecipe
+from chains.nodes import Conv
 from chains.train import Trained, fit
-from chains.tree import group_rows, grow_trees, ward_tree
+from chains.tree import group_rows, ward_tree
 
 STEPS, SEED = 1000, 0
 PLAIN = NestedRecipe(distillation=0, own_norms=False, cross_triplet_weight=0, similarity_weight=10, widths_between=1)
 Trees = Mapping[str, NestedTree]
+Grow = Callable[[Trained], Trees]
 
 
-def on_rows(teacher: Trained) -> Trees:
-    """Ward trees of the raw rows, as in the paper's clustering."""
-    return grow_trees(teacher.model.table, numpy_tensors(teacher.model))
+def over(share: float, embedding_share: float) -> Grow:
+    """Ward trees of the raw rows, as in the paper's clustering, over a share of every group's channels and a share of
+    the embedding's: 1 merges, 0 slices, in between narrow students merge what wider ones take as it is."""
+    return lambda teacher: leading_trees(teacher, share, embedding_share)
+
+
+MERGED, SLICED, NESTED = over(1, 1), over(0, 0), over(0, 1)
 
 
 def on_scaled_rows(teacher: Trained) -> Trees:
@@ -49,12 +55,12 @@ def on_scaled_rows(teacher: Trained) -> Trees:
         deviation = np.sqrt(state[module_name(f"{conv.norm}.running_var")].numpy() + NORM_EPSILON)
         gain = tensors[f"{conv.norm}.weight"] / deviation
         scaled[f"{conv.name}.weight"] = tensors[f"{conv.name}.weight"] * gain.reshape(-1, 1, 1, 1)
-    return {group: ward_tree(group_rows(scaled, table.writers(group))) for group in table.groups}
+    return {group: ward_tree(group_rows(table, scaled, group)) for group in table.groups}
 
 
 def balanced(teacher: Trained) -> Trees:
     """The Ward tree's leaf order, but always halving the longest run: parts of equal size."""
-    return {group: NestedTree(tree.order, _halvings(len(tree.order))) for group, tree in on_rows(teacher).items()}
+    return {group: NestedTree(tree.order, _halvings(len(tree.order))) for group, tree in MERGED(teacher).items()}
 
 
 def _halvings(count: int) -> np.ndarray[Any, np.dtype[np.int64]]:
@@ -78,10 +84,10 @@ def at_random(teacher: Trained) -> Trees:
 
 @dataclass(frozen=True)
 class Idea:
-    """A variant: the losses and the trees. `trees` is `None` for slices."""
+    """A variant: the losses and the trees."""
 
     recipe: NestedRecipe
-    trees: Callable[[Trained], Trees] | None = on_rows
+    trees: Grow
 
 
 DISTILLED = replace(PLAIN, distillation=0.5)
@@ -89,34 +95,41 @@ CROSSED = replace(DISTILLED, cross_triplet_weight=1)
 OWN = replace(DISTILLED, own_norms=True)
 ALL = replace(CROSSED, own_norms=True)
 IDEAS: Mapping[str, Idea] = {
-    "merge": Idea(PLAIN),
-    "slices": Idea(PLAIN, None),
-    "merge, distilled": Idea(DISTILLED),
-    "slices, distilled": Idea(DISTILLED, None),
-    "merge, distilled, crossed": Idea(CROSSED),
-    "slices, distilled, crossed": Idea(CROSSED, None),
-    "merge, distilled, own norms": Idea(OWN),
-    "merge, distilled, crossed, own norms": Idea(ALL),
-    "merge, distilled, own norms, similarity 50": Idea(replace(OWN, similarity_weight=50)),
-    "slices, distilled, crossed, own norms": Idea(ALL, None),
-    # from here on: changes to "merge, distilled, crossed, own norms"
-    "crossed twice as much": Idea(replace(ALL, cross_triplet_weight=2)),
-    "no similarity loss": Idea(replace(ALL, similarity_weight=0)),
-    "similarity 50": Idea(replace(ALL, similarity_weight=50)),
-    "full width twice as much": Idea(replace(ALL, full_weight=2)),
-    "slices, full width twice as much": Idea(replace(CROSSED, full_weight=2), None),
-    "students learn no labels": Idea(replace(ALL, distillation=1)),
-    "two widths between": Idea(replace(ALL, widths_between=2)),
+    "merge": Idea(PLAIN, MERGED),
+    "slices": Idea(PLAIN, SLICED),
+    "merge, distilled": Idea(DISTILLED, MERGED),
+    "slices, distilled": Idea(DISTILLED, SLICED),
+    "merge, distilled, crossed": Idea(CROSSED, MERGED),
+    "slices, distilled, crossed": Idea(CROSSED, SLICED),
+    "merge, distilled, own norms": Idea(OWN, MERGED),
+    "merge, distilled, crossed, own norms": Idea(ALL, MERGED),
+    "merge, distilled, own norms, similarity 50": Idea(replace(OWN, similarity_weight=50), MERGED),
+    "slices, distilled, crossed, own norms": Idea(ALL, SLICED),
+    # changes to "merge, distilled, crossed, own norms"
+    "full width twice as much": Idea(replace(ALL, full_weight=2), MERGED),
     "trees of scaled rows": Idea(ALL, on_scaled_rows),
     "balanced trees": Idea(ALL, balanced),
     "random trees": Idea(ALL, at_random),
+    # other cuts, with the losses of "merge, distilled, crossed, own norms"
+    "slices, merged embedding": Idea(ALL, NESTED),
+    "merge, sliced embedding": Idea(ALL, over(1, 0)),
+    "tree over a half": Idea(ALL, over(0.5, 0.5)),
+    "tree over a half, merged embedding": Idea(ALL, over(0.5, 1)),
+    "tree over three eighths, merged embedding": Idea(ALL, over(0.375, 1)),
+    "tree over three quarters, merged embedding": Idea(ALL, over(0.75, 1)),
+    "slices, tree over a half of the embedding": Idea(ALL, over(0, 0.5)),
+    # changes to "slices, merged embedding"
+    "crossed twice as much": Idea(replace(ALL, cross_triplet_weight=2), NESTED),
+    "similarity 20": Idea(replace(ALL, similarity_weight=20), NESTED),
+    "no similarity loss": Idea(replace(ALL, similarity_weight=0), NESTED),
+    "students learn no labels": Idea(replace(ALL, distillation=1), NESTED),
+    "two widths between": Idea(replace(ALL, widths_between=2), NESTED),
+    "no own norms": Idea(CROSSED, NESTED),
 }
 
 
-def sandwich(idea: Idea, teacher: Trained) -> Sandwich:
-    if idea.trees is None:
-        return SliceSandwich(teacher, LADDER, idea.recipe, SEED)
-    return Sandwich(teacher, idea.trees(teacher), LADDER, idea.recipe, SEED)
+def sandwich(idea: Idea, teacher: Trained) -> PartialSandwich:
+    return PartialSandwich(teacher, idea.trees(teacher), LADDER, idea.recipe, SEED)
 
 
 def measure(site: Site, name: str) -> Rows:
@@ -175,7 +188,8 @@ def main() -> None:
     chosen = [(1, task) for name, task in ideas.items() if name.startswith(tuple(options.only))]
     compare.run_all([*teachers, *chosen], options.processes)
     finished = [task for task in ideas.values() if compare.result_path(task[0]).exists()]
-    write_table(RESULTS / "study.csv", compare.results_of(finished, "benchmarks.study --only"))
+    rows = compare.results_of(finished, "benchmarks.study --only")
+    update_table(RESULTS / "study.csv", rows, ("idea", "dataset", "seed"))
 
 
 if __name__ == "__main__":

@@ -5,7 +5,8 @@ saving a loaded chain gives the same bytes and the sha256 of the file names the 
 `docs/reference/chain-file.md`. Nothing is ever unpickled: a file is refused unless every byte of it is accounted for.
 
 The surprise: a chain that version 1 can hold is still written as version 1, or a file of that version would not be
-written as its own bytes and chains that are out in the world would change their digests.
+written as its own bytes and chains that are out in the world would change their digests. So version 4, the one with
+sizes per layer, holds terminal chains and no others.
 """
 
 from __future__ import annotations
@@ -25,7 +26,7 @@ from safetensors import SafetensorError
 from safetensors.numpy import load as load_tensors
 from safetensors.numpy import save as save_tensors
 
-from chains.arch import architecture
+from chains.architectures import architecture
 from chains.atomic import write_whole
 from chains.chain import (
     AFFINE,
@@ -42,8 +43,9 @@ from chains.cut import NestedTree, Partition, SharedClusters
 from chains.errors import ChainFileError, ChainsError
 from chains.width import Width
 
-FORMAT_VERSION = 2  # the latest; a chain is written in the first that can hold it
+FORMAT_VERSION = 4  # the latest; a chain is written in the first that can hold it
 METADATA_KEY = "widthwise"
+MAX_CHANNELS = 1_000_000  # of a group, far above any network
 MAX_HEADER_BYTES = 16 * 1024 * 1024
 
 
@@ -190,10 +192,18 @@ class _Header(_Strict, Generic[OfVersion]):
     provenance: dict[str, JsonValue]
 
 
-AnyHeader = _Header[_Frontier[_Accuracy] | None] | _Header[_FrontierWithThresholds | None]
+class _TerminalHeader(_Header[_FrontierWithThresholds | None]):
+    """Of a terminal chain. `sizes`: group -> channels."""
+
+    sizes: dict[str, Annotated[int, Field(ge=1, le=MAX_CHANNELS)]]
+
+
+AnyHeader = _Header[_Frontier[_Accuracy] | None] | _Header[_FrontierWithThresholds | None] | _TerminalHeader
 HEADERS: Mapping[int, type[AnyHeader]] = {
     1: _Header[_Frontier[_Accuracy] | None],
     2: _Header[_FrontierWithThresholds | None],
+    3: _Header[_FrontierWithThresholds | None],
+    4: _TerminalHeader,
 }
 
 
@@ -215,6 +225,10 @@ def _header_text(chain: Chain) -> str:
 def _version(chain: Chain) -> int:
     """The first version that can hold `chain`."""
     frontier = chain.frontier
+    if chain.sizes is not None:
+        return 4
+    if any(isinstance(partition, NestedTree) and not partition.is_whole for partition in chain.partitions.values()):
+        return 3
     if chain.own_norms:
         return 2
     is_first = frontier is None or not (frontier.thresholds or any(w.minp is not None for w in frontier.widths))
@@ -240,6 +254,7 @@ def _header(chain: Chain) -> dict[str, Any]:
         "license": chain.license,
         "frontier": None if chain.frontier is None else _frontier_json(chain.frontier, version),
         "provenance": dict(chain.provenance),
+        **({} if chain.sizes is None else {"sizes": dict(chain.sizes)}),
     }
 
 
@@ -380,14 +395,14 @@ def _finite(number: str) -> float:
 
 
 def _build(header: AnyHeader, tensors: dict[str, NDArray[Any]]) -> Chain:
+    sizes = header.sizes if isinstance(header, _TerminalHeader) else None
     table = architecture(header.architecture)
     ladder = tuple(_canonical_width(text) for text in header.ladder)
     left = dict(tensors)
     weights = {name: _take(left, f"weight/{name}", np.float32) for name in table.axes}
     partitions = {group: _partition(left, group, header.mode) for group in table.groups}
-    norms = tuple(table.norms)
-    statistics = _per_width(left, "statistics", ladder, norms, STATISTICS)
-    own_norms = _per_width(left, "norms", ladder, norms, AFFINE)
+    statistics = _per_width(left, "statistics", ladder, table.batch_norms, STATISTICS)
+    own_norms = _per_width(left, "norms", ladder, table.norms, AFFINE)
     if left:
         raise ChainFileError(
             f"the file holds {len(left)} tensors that no part of a chain claims, such as '{min(left)[:80]}'"
@@ -407,6 +422,7 @@ def _build(header: AnyHeader, tensors: dict[str, NDArray[Any]]) -> Chain:
         own_norms=own_norms,
         frontier=None if header.frontier is None else _frontier(header.frontier),
         provenance=header.provenance,
+        sizes=sizes,
     )
     if header.format_version != _version(chain):
         raise ChainFileError(
@@ -435,7 +451,7 @@ def _per_width(
     left: dict[str, NDArray[Any]],
     folder: str,
     ladder: tuple[Width, ...],
-    norms: tuple[str, ...],
+    norms: Iterable[str],
     kinds: tuple[str, str],
 ) -> dict[Width, dict[str, NDArray[np.float32]]]:
     """width -> both `kinds` of every norm, for the widths that have any in `folder`."""

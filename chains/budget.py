@@ -23,8 +23,8 @@ COST_OF_LIMIT = {
 
 @dataclass(frozen=True)
 class Limits:
-    """What a device can bear, for one image. `None`: no limit. `max_memory_bytes` is held against the conservative
-    bound of `Costs.memory_bytes_bound`. Raises `LimitsError` when nothing is limited or a limit is not positive."""
+    """What a device can bear, for one image. `None`: no limit. `max_memory_bytes` is held against
+    `Costs.memory_bytes_bound`. Raises `LimitsError` when nothing is limited or a limit is not positive."""
 
     max_macs: int | None = None
     max_flops: int | None = None

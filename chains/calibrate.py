@@ -16,7 +16,7 @@ from chains.chain import STATISTICS, Chain, Floats, InputSpec
 from chains.data.images import Images
 from chains.errors import DataError
 from chains.expand import student_weights
-from chains.model import ReIDModel, model_of, module_name, normalise
+from chains.model import ReIDModel, model_of, module_name, network_of, normalise
 from chains.processes import local_device
 from chains.width import Width
 
@@ -37,10 +37,10 @@ def calibrate(chain: Chain, images: Images, device: str = "cpu") -> Chain:
 def measure_statistics(chain: Chain, width: Width, images: Images, device: str = "cpu") -> dict[str, Floats]:
     """`<norm>.running_mean` and `.running_var` of the student at `width`: float32 (channels,). Raises `DataError` for a
     device that is not there."""
-    model = model_of(chain.architecture, width, student_weights(chain, width)).to(local_device(device))
+    model = model_of(network_of(chain), width, student_weights(chain, width)).to(local_device(device))
     recalibrate(model, images, chain.input)
     state = model.state_dict()
-    names = (f"{norm}.{kind}" for norm in chain.table.norms for kind in STATISTICS)
+    names = (f"{norm}.{kind}" for norm in chain.table.batch_norms for kind in STATISTICS)
     return {name: state[module_name(name)].cpu().numpy().astype(np.float32, copy=True) for name in names}
 
 

@@ -4,13 +4,15 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
+from functools import cached_property
 from typing import Any, Literal
 
 import numpy as np
 from numpy.typing import NDArray
 
-from chains.arch import Architecture, architecture
-from chains.cut import Cut, Indices, NestedTree, Partition, SharedClusters
+from chains.arch import Architecture, Axes
+from chains.architectures import architecture
+from chains.cut import Cuts, Indices, NestedTree, Partition, SharedClusters, joined_order
 from chains.errors import ChainMismatch, CutError, NotCalibrated
 from chains.width import Width
 
@@ -111,6 +113,8 @@ class Chain:
         place of the merged ones; statistics are per width anyway, so they cost a student nothing.
     embedding_space: id of the space that embeddings of every width share; it changes with every training, unless that
         was measured to be compatible (`chains.compatible`).
+    sizes: group -> channels, of a *terminal* chain: one model whose layers were pruned unevenly (`chains.compress`), on
+        a ladder of one width, that of the network it was pruned from. `None`: as the width says.
     provenance: how the chain came to be, as JSON values; no clock, host or duration, so that the same run gives the
     same file. Raises `ChainMismatch` when tensors, partitions or statistics do not fit the architecture or the mode,
     `WidthError` or `CutError` for a rung that the chain cannot give.
@@ -130,37 +134,47 @@ class Chain:
     own_norms: Mapping[Width, Mapping[str, Floats]] = field(default_factory=dict)
     frontier: Frontier | None = None
     provenance: Mapping[str, Any] = field(default_factory=dict)
+    sizes: Mapping[str, int] | None = None
 
     def __post_init__(self) -> None:
+        _check_sizes(self)
+        _check_input(self)
         _check_partitions(self)
         _check_tensors(self)
         _check_ladder(self)
         for width, statistics in self.statistics.items():
-            _check_vectors(self, width, statistics, "statistics", STATISTICS)
+            sizes = self.table.statistic_sizes(width)
+            _check_vectors(width, statistics, "statistics", sizes, STATISTICS)
         for width, norms in self.own_norms.items():
-            _check_vectors(self, width, norms, "own norms", AFFINE)
+            _check_vectors(width, norms, "own norms", self.table.norm_sizes(width), AFFINE)
+
+    @cached_property
+    def table(self) -> Architecture:
+        table = architecture(self.architecture)
+        return table if self.sizes is None else table.fixed(self.sizes)
 
     @property
-    def table(self) -> Architecture:
-        return architecture(self.architecture)
+    def axes(self) -> Mapping[str, Axes]:
+        """Tensor name -> how it is merged in this chain's mode."""
+        return self.table.axes if self.mode == "nested" else self.table.averaged_axes
 
     @property
     def embedding_dim(self) -> int:
         """Length of embeddings in the common space: the teacher's."""
-        return self.table.group_sizes(self.teacher)[self.table.embedding_group]
+        return self.table.embedding_dim(self.teacher)
 
-    def cuts(self, width: Width) -> dict[str, Cut]:
+    def cuts(self, width: Width) -> Cuts:
         """One cut per channel group. Raises `WidthError` or `CutError` when the chain cannot give `width`."""
         self.table.require_within(width, self.teacher)
-        return {group: self.partitions[group].cut(size) for group, size in self.table.group_sizes(width).items()}
+        return cuts_of(self.table, self.partitions, width)
 
     def lift(self, width: Width) -> Indices:
         """Teacher embedding channel, in the teacher's own order -> the student coordinate that stands for it: int64
         (embedding_dim,). `native[lift]` answers in the common space (oskt.md §4)."""
-        group = self.table.groups[self.table.embedding_group]
-        partition = self.partitions[group.name]
-        lift = np.empty(len(partition.order), dtype=np.int64)
-        lift[partition.order] = partition.cut(group.size(width)).part_of()
+        groups, sizes = self.table.embedding_channels, self.table.group_sizes(width)
+        order = joined_order([self.partitions[group].order for group in groups])
+        lift = np.empty(len(order), dtype=np.int64)
+        lift[order] = Cuts({group: self.partitions[group].cut(sizes[group]) for group in groups}).of(groups).part_of()
         return lift
 
     def native_space(self, width: Width) -> str:
@@ -180,6 +194,34 @@ class Chain:
         return self.statistics[width]
 
 
+def cuts_of(table: Architecture, partitions: Mapping[str, Partition], width: Width) -> Cuts:
+    """One cut per channel group. Raises `WidthError` or `CutError` where the partitions cannot give `width`."""
+    return Cuts({group: partitions[group].cut(size) for group, size in table.group_sizes(width).items()})
+
+
+def _check_sizes(chain: Chain) -> None:
+    if chain.sizes is None:
+        return
+    if chain.mode != "nested" or chain.ladder != (chain.teacher,):
+        raise ChainMismatch(
+            f"chain '{chain.name}' has sizes of its own in every layer, so it is one model: mode 'nested', and "
+            f"{chain.teacher} alone on its ladder"
+        )
+    full = architecture(chain.architecture).group_sizes(chain.teacher)
+    for group, size in chain.sizes.items():
+        if size > full.get(group, size):
+            raise ChainMismatch(f"group '{group}' has {size} channels; {chain.teacher} has {full[group]} to prune from")
+
+
+def _check_input(chain: Chain) -> None:
+    size, wanted = (chain.input.height, chain.input.width), chain.table.input_size
+    if wanted is not None and size != wanted:
+        raise ChainMismatch(
+            f"chain '{chain.name}' sees images of {size[0]}x{size[1]} pixels (height x width); the position embeddings "
+            f"of {chain.architecture} are for {wanted[0]}x{wanted[1]}"
+        )
+
+
 def _check_partitions(chain: Chain) -> None:
     sizes = chain.table.group_sizes(chain.teacher)
     if chain.partitions.keys() != sizes.keys():
@@ -196,6 +238,13 @@ def _check_partitions(chain: Chain) -> None:
                 f"group '{group}' has {size} channels at {chain.teacher}; its order in this chain has "
                 f"{len(chain.partitions[group].order)}"
             )
+    for group in chain.table.embedding_channels:
+        tree = chain.partitions[group]
+        if isinstance(tree, NestedTree) and not tree.is_whole:
+            raise ChainMismatch(
+                f"the tree of group '{group}' covers {tree.leaves} of {len(tree.order)} channels; embeddings of every "
+                "width share a space only where it covers all"
+            )
 
 
 def _check_tensors(chain: Chain) -> None:
@@ -205,7 +254,8 @@ def _check_tensors(chain: Chain) -> None:
             f"tensors {sorted(chain.tensors.keys() ^ shapes.keys())[:4]} are not in both table and chain"
         )
     for name, shape in shapes.items():
-        rows = chain.partitions[chain.table.axes[name].rows].stored_rows if len(shape) > 1 else shape[0]
+        groups = chain.table.axes[name].rows
+        rows = sum(chain.partitions[group].stored_rows for group in groups) if len(shape) > 1 else shape[0]
         _require_array(name, chain.tensors[name], (rows, *shape[1:]))
 
 
@@ -230,11 +280,10 @@ def _require_cuttable(chain: Chain, width: Width) -> None:
 
 
 def _check_vectors(
-    chain: Chain, width: Width, vectors: Mapping[str, Floats], what: str, kinds: tuple[str, str]
+    width: Width, vectors: Mapping[str, Floats], what: str, sizes: Mapping[str, int], kinds: tuple[str, str]
 ) -> None:
-    """Raise `ChainMismatch` unless `vectors` are both `kinds` of every normalisation layer at `width`."""
-    sizes = chain.table.group_sizes(width)
-    expected = {f"{norm}.{kind}": sizes[group] for norm, group in chain.table.norms.items() for kind in kinds}
+    """Raise `ChainMismatch` unless `vectors` are both `kinds` of every layer in `sizes`, which names its channels."""
+    expected = {f"{norm}.{kind}": size for norm, size in sizes.items() for kind in kinds}
     if vectors.keys() != expected.keys():
         raise ChainMismatch(f"width {width}: {what} {sorted(vectors.keys() ^ expected.keys())[:4]} do not belong")
     for name, size in expected.items():

@@ -1,4 +1,5 @@
-"""The research commands: `widthwise refine | calibrate | evaluate | finetune | compare | export | validate`.
+"""The research commands: `widthwise refine | calibrate | evaluate | finetune | compress | fuse | compare | export |
+import-chain | inspect | validate`.
 
 Options are declared here and nothing else: the work is in `chains.commands`, which is imported when a command runs. So
 `widthwise serve`, and `--help`, load no torch. A mistake of the user ends with one line and status 2.
@@ -14,6 +15,7 @@ import typer
 from typer.core import TyperCommand
 
 from chains.errors import ChainsError
+from chains.tables import printable
 
 cli = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False)
 
@@ -37,7 +39,7 @@ class ResearchCommand(TyperCommand):
         try:
             return super().invoke(ctx)
         except (ChainsError, OSError) as error:  # OSError: a disk that is full, a folder that may not be written
-            typer.echo(f"widthwise: {error}", err=True)
+            typer.echo(f"widthwise: {printable(str(error))}", err=True)
             raise typer.Exit(2) from error
 
 
@@ -103,7 +105,7 @@ def evaluate(
 @cli.command(cls=ResearchCommand)
 def finetune(
     chain: ChainFile,
-    width: Annotated[str, typer.Option(help="of the student, such as 16x2-4-8 or 16")],
+    width: Annotated[str, typer.Option(help="of the student, such as 16x2-4-8, or 16")],
     data: Data,
     out: Annotated[Path, typer.Option(help="run directory")],
     recipe: Annotated[
@@ -133,6 +135,107 @@ def finetune(
 
 
 @cli.command(cls=ResearchCommand)
+def fuse(
+    config: Annotated[Path, typer.Argument(exists=True, dir_okay=False, help="a fusion's TOML file")],
+    out: Annotated[Path | None, typer.Option(help="run directory; default runs/NAME")] = None,
+    teacher: Annotated[
+        Path | None,
+        typer.Option(exists=True, help="one network of the whole image, in the place of the file's inputs"),
+    ] = None,
+    resume: Resume = False,
+    keep_worse: Annotated[
+        bool, typer.Option("--keep-worse", help="write the teacher though one of its inputs is better")
+    ] = False,
+    seed: Annotated[int | None, typer.Option(min=0, help="instead of the file's seed")] = None,
+    steps: Annotated[int | None, typer.Option(min=1, help="instead of the file's")] = None,
+    device: Annotated[str | None, typer.Option(help="cpu or cuda, instead of the file's")] = None,
+) -> None:
+    """Make one teacher, of which a chain can be made, from networks that see a part of the person each, or from one
+    foreign network; ONNX files of anywhere, too. Status 2 if it is worse than the best of them. Also under torchrun."""
+    text, wrong = _commands().fuse(
+        config,
+        out,
+        teacher=teacher,
+        resume=resume,
+        keep_worse=keep_worse,
+        seed=seed,
+        steps=steps,
+        device=device,
+        say=_say,
+    )
+    _print(text)
+    if wrong is not None:
+        typer.echo(f"widthwise: {wrong}", err=True)
+        raise typer.Exit(2)
+
+
+Limit = Annotated[int | None, typer.Option(min=1, help="of the model, for one image")]
+
+
+@cli.command(cls=ResearchCommand)
+def compress(
+    source: Annotated[Path, typer.Argument(exists=True, dir_okay=False, help="a teacher's file, or a chain")],
+    data: Data,
+    out: Annotated[Path, typer.Option(help="run directory")],
+    width: Annotated[str | None, typer.Option(help="of a chain's student; default: its widest")] = None,
+    max_macs: Limit = None,
+    max_flops: Limit = None,
+    max_params: Limit = None,
+    max_artifact_bytes: Limit = None,
+    max_peak_activation_bytes: Limit = None,
+    max_memory_bytes: Limit = None,
+    recipe: Annotated[
+        Path | None, typer.Option(exists=True, dir_okay=False, help="TOML file; default: the DEAP paper's schedule")
+    ] = None,
+    steps: Annotated[
+        int | None, typer.Option(min=1, help="of the training with pruners, instead of the recipe's")
+    ] = None,
+    finetune_steps: Annotated[
+        int | None, typer.Option(min=1, help="of the pruned network, instead of the recipe's")
+    ] = None,
+    start: Annotated[
+        Path | None,
+        typer.Option(exists=True, dir_okay=False, help="weights to begin with instead of the teacher's, as ImageNet's"),
+    ] = None,
+    compatible_with: Annotated[
+        Path | None, typer.Option(exists=True, dir_okay=False, help="a chain whose embedding space shall be met")
+    ] = None,
+    name: Annotated[str | None, typer.Option(help="of the new chain; default: the source's and '-deap'")] = None,
+    seed: Seed = 0,
+    device: Device = "cpu",
+    resume: Resume = False,
+) -> None:
+    """Prune one network for one target while it is distilled (DEAP): one training run, one model. Also under
+    torchrun."""
+    given = {
+        "max_macs": max_macs,
+        "max_flops": max_flops,
+        "max_params": max_params,
+        "max_artifact_bytes": max_artifact_bytes,
+        "max_peak_activation_bytes": max_peak_activation_bytes,
+        "max_memory_bytes": max_memory_bytes,
+    }
+    text = _commands().compress(
+        source,
+        data,
+        out,
+        limits={limit: allowed for limit, allowed in given.items() if allowed is not None},
+        resume=resume,
+        say=_say,
+        width=width,
+        recipe=recipe,
+        steps=steps,
+        finetune_steps=finetune_steps,
+        start=start,
+        compatible_with=compatible_with,
+        name=name,
+        seed=seed,
+        device=device,
+    )
+    _print(text)
+
+
+@cli.command(cls=ResearchCommand)
 def compare(
     chains: Annotated[list[Path], typer.Argument(exists=True, dir_okay=False, help="chain files")],
     data: Data,
@@ -149,7 +252,7 @@ def compare(
 @cli.command(cls=ResearchCommand)
 def export(
     chain: ChainFile,
-    width: Annotated[str, typer.Option(help="of the student, such as 16x2-4-8 or 16")],
+    width: Annotated[str, typer.Option(help="of the student, such as 16x2-4-8, or 16")],
     out: Annotated[Path, typer.Option(help="the new file")],
     format: Annotated[str, typer.Option(help="onnx, or safetensors to train on")] = "onnx",
     opset: Annotated[int | None, typer.Option(help="onnx: operator set; default 17")] = None,
@@ -160,6 +263,38 @@ def export(
     given = {"opset": opset, "embedding": embedding, "preprocess": preprocess}
     options = {name: value for name, value in given.items() if value is not None}
     _print(_commands().export(chain, width, format, out, options))
+
+
+@cli.command("import-chain", cls=ResearchCommand)
+def import_chain(
+    state: Annotated[Path, typer.Argument(exists=True, dir_okay=False, help="the OSKT authors' state dict")],
+    matcher: Annotated[Path, typer.Argument(exists=True, dir_okay=False, help="the gene_matcher.json beside it")],
+    ladder: Annotated[str, typer.Option(help="widths, narrow to wide, such as 8,16x2-3-4,64 or w120,w168,w384")],
+    out: Annotated[Path, typer.Option(help="the new chain file")],
+    input: Annotated[str, typer.Option(help="height × width of images in pixels")] = "256x128",
+    name: Annotated[str | None, typer.Option(help="of the chain; default that of the file")] = None,
+    license: Annotated[str, typer.Option(help="of the weights")] = "unknown",
+    projection_bias: Annotated[
+        str, typer.Option(help="ViT: attention projections take the bias of chain, as in the paper, or of teacher")
+    ] = "chain",
+) -> None:
+    """Read a weight chain that the authors of OSKT refined into a chain file. Calibrate it before it is used."""
+    text = _commands().import_chain(
+        state, matcher, ladder, out, size=input, name=name, license=license, projection_bias=projection_bias
+    )
+    _print(text)
+
+
+@cli.command(cls=ResearchCommand)
+def inspect(
+    file: Annotated[
+        Path, typer.Argument(exists=True, dir_okay=False, help="a chain, weights of any kind, ONNX, a gene matcher")
+    ],
+    json: AsJson = False,
+) -> None:
+    """Say what a file is: architecture, widths and what they cost, which channels are cut together, where it came
+    from. Nothing of the file is run."""
+    _print(_commands().inspect(file, as_json=json))
 
 
 @cli.command(cls=ResearchCommand)

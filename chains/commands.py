@@ -8,35 +8,41 @@ from __future__ import annotations
 import csv
 import io
 import json
+import re
 import tomllib
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-import onnxruntime
 from pydantic import ValidationError
 
 from chains import pipeline, plots, tables
 from chains.artifact import StoredChain, save
 from chains.atomic import write_whole
+from chains.budget import COST_OF_LIMIT, Limits
 from chains.calibrate import calibrate
 from chains.chain import Chain, Floats
 from chains.compatible import compatibility_of
+from chains.compress.folder import Asked, compress_run
 from chains.config import RecipeFile, from_toml, mistake_in, overridden, read_config
-from chains.data.images import Images, chunks
+from chains.data.images import Images
 from chains.data.validation import validate as validate_dataset
+from chains.describe import describe, text_of
 from chains.downstream import Downstream, finetune_run
-from chains.errors import ChainFileError, ChainMismatch, ChainsError, DataError
+from chains.errors import ChainMismatch, ChainsError, DataError
 from chains.evaluate import embed, measure_frontier
 from chains.export import export_safetensors
+from chains.fuse.config import only_input, read_fusion
+from chains.fuse.run import report_text, run_fusion, verdict
+from chains.importers.oskt_chains import Wanted, import_files
 from chains.model import load_student
 from chains.onnxfile import EmitOptions
 from chains.onnxfile import write as write_onnx
+from chains.onnxrun import OnnxModel
 from chains.pipeline import load_chain
 from chains.processes import local_device
-from chains.ranking import Truth, rank_blocks, rank_sets, score_blocks
+from chains.ranking import Ranking, Truth, rank_blocks, rank_sets, score_blocks
 from chains.rerank import Reranking, reranked_blocks
 from chains.sources import Source, choose, open_source, parse_source, read_dataset, sized
 from chains.train import TrainRecipe, paper_recipe
@@ -117,14 +123,7 @@ def evaluate_onnx(path: Path, data: str, *, rerank: bool, as_json: bool, seed: i
     """Accuracy of one ONNX file of this program, in onnxruntime."""
     model = OnnxModel(path)
     source = open_source(sized(parse_source(data), model.height, model.width))
-    queries, gallery = model.embed(source.query), model.embed(source.gallery)
-    truth = Truth.of(source.query, source.gallery)
-    blocks = reranked_blocks(queries, gallery, truth, Reranking()) if rerank else score_blocks(queries, gallery, truth)
-    ranking = rank_blocks(blocks, truth)
-    low, high = ranking.map_interval(seed)
-    figures = {"map": ranking.map, "map_low": low, "map_high": high, "minp": ranking.minp}
-    figures |= {f"rank{rank}": ranking.rank(rank) for rank in (1, 5, 10)}
-    rounded = {name: round(value, 2) for name, value in figures.items()}
+    rounded = figures(rank_embedded(model.embed, source, rerank=rerank), seed)
     if as_json:
         return json.dumps({"model": path.name, "dataset": source.name, **rounded}, indent=2)
     return f"{path.name} on {source.name}\n\n" + tables.text_table([list(rounded), [str(v) for v in rounded.values()]])
@@ -149,13 +148,66 @@ def finetune(
     source = images_for(stored.chain, data)
     chosen = paper_recipe(source.train, "finetune") if recipe is None else read_recipe(recipe)
     chosen = replace(chosen, steps=chosen.steps if steps is None else steps, lr=chosen.lr if lr is None else lr)
-    task = Downstream(stored, Width.parse(width), source, chosen, seed, device)
+    task = Downstream(stored, width_of(stored.chain, width), source, chosen, seed, device)
     outcome = finetune_run(task, out, resume=resume, say=say)
     if outcome is None:
         return ""
     before, after = outcome
     figures = [[name, f"{r.map:.1f}", f"{r.rank(1):.1f}"] for name, r in (("before", before), ("after", after))]
     return tables.text_table([["finetuning", "mAP %", "Rank-1"], *figures]) + f"\n{out}"
+
+
+def fuse(
+    path: Path,
+    out: Path | None,
+    *,
+    teacher: Path | None,
+    resume: bool,
+    keep_worse: bool,
+    seed: int | None,
+    steps: int | None,
+    device: str | None,
+    say: Say,
+) -> tuple[str, str | None]:
+    """`widthwise fuse`: the report, and what is wrong with a teacher that was not kept."""
+    given = {"inputs": None if teacher is None else only_input(teacher), "seed": seed, "device": device}
+    config = read_fusion(path, {name: value for name, value in given.items() if value is not None})
+    folder = out or Path("runs") / config.name
+    report = run_fusion(config, folder, resume=resume, keep_worse=keep_worse, say=say, steps=steps)
+    if report is None:
+        return "", None
+    told = verdict(report)
+    if not report["is_kept"]:
+        return report_text(report), told
+    digest = f"{folder / pipeline.TEACHER}: sha256 {report['teacher']['sha256']}"
+    return "\n\n".join(filter(None, [report_text(report), told, digest])), None
+
+
+def compress(
+    source: Path, data: str, out: Path, *, limits: Mapping[str, int], resume: bool, say: Say, **options: Any
+) -> str:
+    """`widthwise compress`. options: the other fields of `chains.compress.folder.Asked`."""
+    asked = Asked(source, parse_source(data), Limits(**limits) if limits else None, **options)
+    report = compress_run(asked, out, resume=resume, say=say)
+    if report is None:
+        return ""
+    (after,) = report["widths"]
+    rows = [["compression", "mAP %", "Rank-1"]]
+    rows += [[name, f"{report[name]['map']:.1f}", f"{report[name]['rank1']:.1f}"] for name in ("teacher", "before")]
+    rows += [["after", f"{after['map']:.1f}", f"{after['rank1']:.1f}"]]
+    costs = [["cost", "of the model", "limit"]]
+    costs += [[name, f"{value:,}", _limit_on(name, report["limits"])] for name, value in report["costs"].items()]
+    space = report.get("compatible_with")
+    across_time = "" if space is None else f"\n\n{tables.compatibility_text(space)}"
+    file = out / pipeline.CHAIN
+    tables_text = "\n\n".join(tables.text_table(table) for table in (rows, costs))
+    return f"{tables_text}{across_time}\n\n{file}: sha256 {report['digest']}"
+
+
+def _limit_on(cost: str, limits: Mapping[str, int]) -> str:
+    """The limit that was stated on `cost`, if any."""
+    stated = [allowed for limit, allowed in limits.items() if COST_OF_LIMIT[limit] == cost]
+    return f"{stated[0]:,}" if stated else ""
 
 
 def compare(chains: Sequence[Path], data: str, out: Path | None, *, rerank: bool, seed: int, device: str) -> str:
@@ -185,15 +237,45 @@ def export(chain: Path, width: str, format: str, out: Path, options: Mapping[str
     """`widthwise export`."""
     require_free(out)
     stored = load_chain(chain)
+    rung = width_of(stored.chain, width)
     if format == "onnx":
-        write_whole(out, write_onnx(stored, Width.parse(width), EmitOptions(**options)))
+        write_whole(out, write_onnx(stored, rung, EmitOptions(**options)))
     elif format == "safetensors":
         if options:
             raise DataError(f"--{min(options)} is for --format onnx; a safetensors file holds the bare network")
-        export_safetensors(stored, Width.parse(width), out)
+        export_safetensors(stored, rung, out)
     else:
         raise DataError(f"no format is called '{format}'; there are onnx and safetensors")
-    return f"{out}: {out.stat().st_size:,} bytes, {stored.chain.name} at {width}"
+    return f"{out}: {out.stat().st_size:,} bytes, {stored.chain.name} at {rung}"
+
+
+def import_chain(
+    state: Path,
+    matcher: Path,
+    ladder: str,
+    out: Path,
+    *,
+    size: str,
+    name: str | None,
+    license: str,
+    projection_bias: str,
+) -> str:
+    """`widthwise import-chain`."""
+    require_free(out)
+    height, width = size_of(size)
+    rungs = tuple(rung.strip() for rung in ladder.split(","))
+    if projection_bias not in ("chain", "teacher"):
+        raise DataError(f"--projection-bias is '{projection_bias}'; there are chain and teacher")
+    wanted = Wanted(name or out.stem, rungs, height, width, license, projection_bias)  # type: ignore[arg-type] # checked
+    imported = import_files(state, matcher, wanted)
+    stored = save(imported.chain, out)
+    return f"{imported.text()}\n\n{out}: sha256 {stored.digest}"
+
+
+def inspect(file: Path, *, as_json: bool) -> str:
+    """`widthwise inspect`."""
+    found = describe(file)
+    return json.dumps(found, indent=2, allow_nan=False) if as_json else text_of(found)
 
 
 def validate(data: str, *, decode: bool, as_json: bool, say: Say) -> tuple[str, bool]:
@@ -210,37 +292,38 @@ def validate(data: str, *, decode: bool, as_json: bool, say: Say) -> tuple[str, 
 # --- parts
 
 
-class OnnxModel:
-    """An ONNX file of this program, run on the CPU. Raises `ChainFileError` for files without our metadata."""
+def rank_embedded(embed: Callable[[Images], Floats], source: Source, *, rerank: bool) -> Ranking:
+    """How a model that embeds images so ranks the gallery of `source`."""
+    queries, gallery = embed(source.query), embed(source.gallery)
+    truth = Truth.of(source.query, source.gallery)
+    blocks = reranked_blocks(queries, gallery, truth, Reranking()) if rerank else score_blocks(queries, gallery, truth)
+    return rank_blocks(blocks, truth)
 
-    def __init__(self, path: Path) -> None:
-        try:
-            self.session = onnxruntime.InferenceSession(path.read_bytes(), providers=["CPUExecutionProvider"])
-        except Exception as error:  # the runtime has an exception class for every kind of broken file
-            raise ChainFileError(f"'{path}' is no ONNX file that runs: {error}") from error
-        marks = self.session.get_modelmeta().custom_metadata_map
-        try:
-            self.height, self.width = (int(side) for side in marks["reid.input_size"].split("x"))
-            self.mean, self.std = (np.array(json.loads(marks[f"reid.{name}"]), np.float32) for name in ("mean", "std"))
-        except (KeyError, ValueError) as error:
-            raise ChainFileError(f"'{path}' lacks the metadata of a model of this program: {error}") from error
-        self.takes_pixels = self.session.get_inputs()[0].type == "tensor(uint8)"
 
-    def embed(self, images: Images) -> Floats:
-        outputs = [self.session.run(None, {"images": self._input(pixels)})[0] for pixels in chunks(images, 64)]
-        embedded: Floats = np.concatenate(outputs)
-        return embedded
-
-    def _input(self, pixels: Any) -> Any:
-        if self.takes_pixels:
-            return pixels
-        scaled = (pixels.astype(np.float32) / np.float32(255) - self.mean) / self.std
-        return np.ascontiguousarray(scaled.transpose(0, 3, 1, 2))
+def figures(ranking: Ranking, seed: int) -> dict[str, float]:
+    """The accuracy of one model in percent, with its bootstrap interval."""
+    low, high = ranking.map_interval(seed)
+    values = {"map": ranking.map, "map_low": low, "map_high": high, "minp": ranking.minp}
+    values |= {f"rank{rank}": ranking.rank(rank) for rank in (1, 5, 10)}
+    return {name: round(value, 2) for name, value in values.items()}
 
 
 def images_for(chain: Chain, data: str) -> Source:
     """The images that `data` names, as crops of the size that `chain` wants."""
     return open_source(sized(parse_source(data), chain.input.height, chain.input.width))
+
+
+def size_of(text: str) -> tuple[int, int]:
+    """Height and width in pixels, written as in `256x128`. Raises `DataError`."""
+    match = re.fullmatch(r"([1-9][0-9]{1,3})x([1-9][0-9]{1,3})", text)
+    if match is None:
+        raise DataError(f"--input is '{text[:40]}'; write height and width in pixels, as in 256x128")
+    return int(match[1]), int(match[2])
+
+
+def width_of(chain: Chain, text: str) -> Width:
+    """The width that `text` is in `chain`: a lone number has its teacher's multipliers."""
+    return Width.parse(text, chain.teacher.multipliers)
 
 
 def with_frontier(
@@ -249,7 +332,7 @@ def with_frontier(
     """`stored` with a new frontier, of some `widths` only where they are named."""
     chain = stored.chain
     if widths:
-        chosen = tuple(sorted({Width.parse(text) for text in widths}))
+        chosen = tuple(sorted({width_of(chain, text) for text in widths}))
         statistics = {width: chain.require_calibrated(width) for width in chosen}
         chain = replace(chain, ladder=chosen, statistics=statistics, frontier=None)
     trained_after = stored.chain.frontier is not None and stored.chain.frontier.trained_after_expansion

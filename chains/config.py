@@ -14,11 +14,13 @@ from __future__ import annotations
 import os
 import tomllib
 from collections.abc import Callable, Mapping
+from contextlib import suppress
 from pathlib import Path
 from typing import Annotated, Any, Literal, Self
 
 import tomli_w
 from pydantic import (
+    AfterValidator,
     BaseModel,
     BeforeValidator,
     ConfigDict,
@@ -30,14 +32,16 @@ from pydantic import (
     model_validator,
 )
 
-from chains.arch import architecture_names
+from chains.arch import Architecture
+from chains.architectures import architecture
+from chains.architectures.vit import refined_name
 from chains.data.readers import KINDS
 from chains.data.readers.dataset import Boxes, Camera
-from chains.errors import ChainsError, DataError, WidthError
+from chains.errors import ArchitectureError, ChainsError, DataError, WidthError
 from chains.losses import LossRecipe
 from chains.nested import NestedRecipe, require_sandwich
 from chains.train import TrainRecipe
-from chains.width import Width, even_ladder
+from chains.width import Multipliers, Width, even_ladder
 
 NULL = "none"
 SYNTHETIC = ("synthetic", "synthetic:station")
@@ -52,6 +56,24 @@ def _width(value: object) -> object:
         except ChainsError as error:
             raise ValueError(str(error)) from error
     return value
+
+
+def _spelt_out(value: object, multipliers: Multipliers) -> object:
+    """A lone number as the width that it is in a family with these multipliers. What is no width is left to the check
+    of its own field, which names it."""
+    if isinstance(value, list | tuple):
+        return [_spelt_out(one, multipliers) for one in value]
+    if isinstance(value, str | int) and not isinstance(value, bool):
+        with suppress(WidthError):
+            return Width.parse(str(value), multipliers)
+    return value
+
+
+def _architecture(name: str) -> str:
+    try:
+        return architecture(name).name
+    except ArchitectureError as error:
+        raise ValueError(str(error)) from error
 
 
 def _known(names: tuple[str, ...]) -> BeforeValidator:
@@ -71,12 +93,14 @@ class _Strict(BaseModel):
 
 
 class DataConfig(_Strict):
-    """Which images. `kind`: a layout, "auto" (found out from `root`), "synthetic" or "synthetic:station". `height`,
-    `width`: of the crops; default 256 × 128, for synthetic people 128 × 64. `people`: fields of `PeopleSettings`, for
+    """Which images. `kind`: a layout, "auto" (found out from `root`), "synthetic" or "synthetic:station". `name`: what
+    results call them; default: as their reader does. `height`, `width`: of the crops; default 256 × 128, for synthetic
+    people 128 × 64. `people`: fields of `PeopleSettings`, for
     synthetic people. The others are those of `chains.data.readers.ReadOptions`."""
 
     kind: Annotated[str, _known(DATA_KINDS)] = "auto"
     root: Path | None = None
+    name: str | None = Field(None, min_length=1, max_length=64)
     height: int | None = Field(None, ge=16, le=4096)
     width: int | None = Field(None, ge=16, le=4096)
     seed: int = Field(0, ge=0)
@@ -109,15 +133,39 @@ class DataConfig(_Strict):
 
 class TeacherConfig(_Strict):
     """The teacher: trained by `train` (or the `preset`), or taken as it is from `source`, a run directory or its
-    `teacher.safetensors`. `start`: a student or teacher file whose weights training begins with."""
+    `teacher.safetensors`. `width`: by default the architecture's usual one. `classifier`: of a teacher from `source`,
+    see `chains.classifier`. `start`: whose weights training begins with, a student or teacher file or any checkpoint
+    that is recognised, ImageNet's too (`chains.importers.pretraining`)."""
 
-    architecture: Annotated[str, _known(architecture_names())] = "resnet50"
-    width: WidthText = Width(64)
+    architecture: Annotated[str, AfterValidator(_architecture)] = "resnet50"
+    width: WidthText = Field(default_factory=lambda known: architecture(known["architecture"]).usual_width)
     source: Path | None = None
+    classifier: Literal["own", "centroids", "auto"] = "own"
     start: Path | None = None
     preset: Literal["paper"] | None = None
     train: TrainRecipe | None = None
     loss: LossRecipe = Field(default_factory=LossRecipe)
+
+    @property
+    def table(self) -> Architecture:
+        return architecture(self.architecture)
+
+    @field_validator("width", mode="before")
+    @classmethod
+    def _as_the_family(cls, value: object, info: ValidationInfo) -> object:
+        """A lone number has the multipliers of the architecture."""
+        name = info.data.get("architecture")
+        return value if name is None else _spelt_out(value, architecture(name).multipliers)
+
+    @field_validator("width")
+    @classmethod
+    def _require_whole(cls, value: Width, info: ValidationInfo) -> Width:
+        if (name := info.data.get("architecture")) is not None:
+            try:
+                architecture(name).group_sizes(value)
+            except WidthError as error:
+                raise ValueError(str(error)) from error
+        return value
 
     @model_validator(mode="after")
     def _check(self) -> Self:
@@ -125,6 +173,8 @@ class TeacherConfig(_Strict):
             raise ValueError("give one of source, preset and train: where the teacher comes from")
         if self.source is not None and self.start is not None:
             raise ValueError("start is for a teacher that is trained; one from source is taken as it is")
+        if self.source is None and self.classifier != "own":
+            raise ValueError("classifier is for a teacher from source; one that is trained has its own")
         return self
 
 
@@ -151,14 +201,20 @@ class RefinementConfig(_Strict):
             raise ValueError("loss belongs to mode 'oskt'; in mode 'nested' it is nested.loss")
         return self
 
-    def rungs_to(self, full: Width) -> tuple[Width, ...]:
+    def rungs_to(self, full: Width, table: Architecture) -> tuple[Width, ...]:
         """The ladder under a teacher of width `full`. Raises `WidthError` where there is none that can be refined."""
-        ladder = even_ladder(self.narrowest, full, self.rungs) if self.narrowest is not None else self.ladder or ()
+        ladder = self.ladder or ()
+        if self.narrowest is not None:
+            ladder = even_ladder(self.narrowest, full, self.rungs, step=table.step)
+        for width in ladder:
+            table.require_within(width, full)
         if not ladder or ladder[-1] != full or list(ladder) != sorted(set(ladder)):
             rungs = ", ".join(str(width) for width in ladder) or "(none)"
             raise WidthError(f"refinement: the ladder {rungs} must rise to the teacher's width, {full}")
         if self.mode == "nested":
             require_sandwich(ladder, full, self.nested)
+        else:
+            refined_name(table, full)
         return ladder
 
 
@@ -188,6 +244,12 @@ class OutputConfig(_Strict):
     validate_steps: int = Field(1000, ge=1)
 
 
+class DataFile(_Strict):
+    """A file that names images and nothing else."""
+
+    data: DataConfig
+
+
 class RecipeFile(_Strict):
     """A recipe alone in a file of its own: an unknown field is a mistake there too."""
 
@@ -195,12 +257,13 @@ class RecipeFile(_Strict):
 
 
 class Config(_Strict):
-    """A run. `name` becomes the chain's."""
+    """A run. `name` becomes the chain's. `made_from`: words of the user's own, which the chain's provenance repeats."""
 
     name: str = Field(pattern=r"^[a-z0-9][a-z0-9._-]{0,62}$")
     license: str = Field(min_length=1, max_length=200)
     seed: int = Field(0, ge=0)
     device: Literal["cpu", "cuda"] = "cpu"
+    made_from: dict[str, str] = Field(default_factory=dict)
     data: DataConfig
     teacher: TeacherConfig
     refinement: RefinementConfig
@@ -208,9 +271,35 @@ class Config(_Strict):
     evaluation: EvaluationConfig = Field(default_factory=EvaluationConfig)
     output: OutputConfig = Field(default_factory=OutputConfig)
 
+    @property
+    def ladder(self) -> tuple[Width, ...]:
+        """The widths of the chain, narrow to wide."""
+        return self.refinement.rungs_to(self.teacher.width, self.teacher.table)
+
+    @field_validator("refinement", mode="before")
+    @classmethod
+    def _as_the_teacher(cls, value: object, info: ValidationInfo) -> object:
+        """A lone number on the ladder has the multipliers of the teacher's width."""
+        teacher = info.data.get("teacher")
+        if teacher is None or not isinstance(value, Mapping):
+            return value
+        spelt = {n: _spelt_out(value[n], teacher.width.multipliers) for n in ("ladder", "narrowest") if n in value}
+        return {**value, **spelt}
+
+    @model_validator(mode="after")
+    def _check_size(self) -> Self:
+        wanted, (height, width) = self.teacher.table.input_size, self.data.size
+        if wanted is not None and wanted != (height, width):
+            raise DataError(
+                f"{self.teacher.architecture} is for images of {wanted[0]} × {wanted[1]} (height × width), for its "
+                f"position embeddings are, and these are {height} × {width}; set data.height = {wanted[0]} and "
+                f"data.width = {wanted[1]}, or name the architecture for your size"
+            )
+        return self
+
     @model_validator(mode="after")
     def _check_ladder(self) -> Self:
-        self.refinement.rungs_to(self.teacher.width)
+        self.refinement.rungs_to(self.teacher.width, self.teacher.table)
         return self
 
     @field_validator("compatible_with")
@@ -227,13 +316,28 @@ PATHS = (("data", "root"), ("teacher", "source"), ("teacher", "start"), ("compat
 
 def read_config(path: Path) -> Config:
     """The configuration in `path`, its paths as seen from here. Raises `DataError` naming the file and the field."""
+    return parse_config(_read_toml(path), str(path), path.parent)
+
+
+def _read_toml(path: Path) -> dict[str, Any]:
     try:
-        content = tomllib.loads(path.read_text(encoding="utf-8"))
+        return tomllib.loads(path.read_text(encoding="utf-8"))
     except OSError as error:
         raise DataError(f"{path}: cannot be read: {error.strerror or error}") from error
     except ValueError as error:  # of TOML and of UTF-8
         raise DataError(f"{path}: is no TOML: {error}") from error
-    return parse_config(content, str(path), path.parent)
+
+
+def read_data(path: Path) -> DataConfig:
+    """The [data] of `path`, a run's configuration or a file with nothing else in it. Raises as `read_config`."""
+    content = _read_toml(path)
+    if content.keys() != {"data"}:
+        return parse_config(content, str(path), path.parent).data
+    moved = _with_paths(from_toml(content), lambda root: os.path.normpath(path.parent / root))
+    try:
+        return DataFile.model_validate(moved).data
+    except ValidationError as error:
+        raise DataError(f"{path}: {mistake_in(error)}") from error
 
 
 def parse_config(content: Mapping[str, Any], where: str, folder: Path) -> Config:
@@ -268,9 +372,11 @@ def dumps(config: Config, folder: Path) -> str:
     return tomli_w.dumps(to_toml(values))
 
 
-def differences(one: Config, other: Config) -> list[str]:
-    """`field: value, not value` for every option in which the two differ; a path is where it leads to from here."""
-    values = (_with_paths(config.model_dump(mode="json"), os.path.abspath) for config in (one, other))
+def differences(one: Config, other: Config, *, moved: bool = False) -> list[str]:
+    """`field: value, not value` for every option in which the two differ; a path is where it leads to from here, and
+    with `moved` it may lead anywhere."""
+    place = (lambda _: "a file") if moved else os.path.abspath
+    values = (_with_paths(config.model_dump(mode="json"), place) for config in (one, other))
     left, right = (dict(_leaves(of_one)) for of_one in values)
     names = sorted(left.keys() | right.keys())
     return [f"{n}: {left.get(n)}, not {right.get(n)}" for n in names if left.get(n) != right.get(n)]

@@ -5,7 +5,9 @@ them. A cut is therefore a value of two lists of runs, and code that expands, co
 about. Two families make cuts:
 
 - `NestedTree` (`mode: nested`): every cut of a clustering tree. In leaf order, undoing one merge adds one boundary
-  between neighbours, so a whole tree is the order in which the N - 1 boundaries appear. Cuts nest.
+  between neighbours, so a whole tree is the order in which the N - 1 boundaries appear. Cuts nest. A tree may cover the
+  first P < N channels only; then a cut wider than P takes channels as they are, one after another (US-Net's slices),
+  and a narrower one leaves those behind P out.
 - `SharedClusters` (`mode: oskt`): n fixed clusters whose rows are repeated in proportion to their size
   (OSKT, ICCV 2025; `select_elements` in the authors' code).
 
@@ -15,11 +17,17 @@ Example, N = 6 channels, boundaries appearing in the order 4, 2, 5, 1, 3:
     cut(2)  0 1 2 3 | 4 5
     cut(3)  0 1 | 2 3 | 4 5
     cut(6)  0 | 1 | 2 | 3 | 4 | 5
+
+and with a tree over the first P = 3 of them, boundaries appearing in the order 2, 1:
+
+    cut(1)  0 1 2
+    cut(2)  0 1 | 2
+    cut(4)  0 | 1 | 2 | 3
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 
@@ -33,29 +41,32 @@ Indices = NDArray[np.int64]
 
 @dataclass(frozen=True, eq=False)
 class Runs:
-    """Contiguous runs `[starts[i], stops[i])` of stored channels, one per student channel; none is empty.
+    """Contiguous runs `[starts[i], stops[i])` of `of` stored channels, one per student channel; none is empty.
 
-    starts, stops: int64 (m,). Raises `CutError` for an empty run or arrays that do not match.
+    starts, stops: int64 (m,). Raises `CutError` for an empty run, arrays that do not match, or a run beyond `of`.
     """
 
     starts: Indices
     stops: Indices
+    of: int
 
     def __post_init__(self) -> None:
         if self.starts.shape != self.stops.shape or self.starts.ndim != 1:
             raise CutError(f"starts {self.starts.shape} and stops {self.stops.shape} must be two lists of one length")
         if len(self.starts) == 0 or bool((self.stops <= self.starts).any()) or self.starts.min() < 0:
             raise CutError("every run holds at least one channel")
+        if self.stops.max() > self.of:
+            raise CutError(f"a run ends at channel {self.stops.max()} of {self.of}")
 
     @classmethod
-    def between(cls, boundaries: Indices) -> Runs:
-        """The runs between neighbouring `boundaries` (m + 1,), ascending."""
-        return cls(boundaries[:-1], boundaries[1:])
+    def between(cls, boundaries: Indices, of: int | None = None) -> Runs:
+        """The runs between neighbouring `boundaries` (m + 1,), ascending; by default they reach the last channel."""
+        return cls(boundaries[:-1], boundaries[1:], int(boundaries[-1]) if of is None else of)
 
     @classmethod
-    def single(cls, positions: Indices) -> Runs:
+    def single(cls, positions: Indices, of: int) -> Runs:
         """Runs of one stored channel each, at `positions` (m,)."""
-        return cls(positions, positions + 1)
+        return cls(positions, positions + 1, of)
 
     def __len__(self) -> int:
         return len(self.starts)
@@ -63,7 +74,7 @@ class Runs:
     def __getitem__(self, window: slice) -> Runs:
         if window.indices(len(self)) == (0, len(self), 1):
             return self  # with what it has computed already
-        return Runs(self.starts[window], self.stops[window])
+        return Runs(self.starts[window], self.stops[window], self.of)
 
     @cached_property
     def sizes(self) -> Indices:
@@ -79,6 +90,18 @@ class Runs:
     def is_plain(self) -> bool:
         """The runs are neighbours of one channel each, so that taking them is a slice."""
         return self.is_single and bool((np.diff(self.starts) == 1).all())
+
+    @cached_property
+    def is_gapless(self) -> bool:
+        """Every run starts where the one before it stops."""
+        return bool((self.starts[1:] == self.stops[:-1]).all())
+
+    @cached_property
+    def covered(self) -> Indices:
+        """The stored channels that are in a run, run by run: int64 (sum of sizes,)."""
+        steps = np.arange(self.sizes.sum()) - np.repeat(np.cumsum(self.sizes) - self.sizes, self.sizes)
+        covered: Indices = np.repeat(self.starts, self.sizes) + steps
+        return covered
 
     @cached_property
     def longest_first(self) -> Indices:
@@ -112,7 +135,7 @@ class Cut:
     """One group at one student width m.
 
     parts: runs over the teacher's N channels in leaf order; a student channel's columns are their sum, its norm
-        parameters their mean.
+        parameters their mean. Channels in no run are left out.
     rows: runs over the *stored* rows whose mean is the student's row: the parts themselves where rows are stored at
         teacher resolution, one row per cluster in `mode: oskt`.
     """
@@ -124,16 +147,56 @@ class Cut:
         return len(self.parts)
 
     def part_of(self) -> Indices:
-        """Teacher channel in leaf order -> the student channel that stands for it: int64 (N,)."""
-        return np.repeat(np.arange(len(self.parts)), self.parts.sizes)
+        """Teacher channel in leaf order -> the student channel that stands for it, or -1: int64 (N,)."""
+        part_of = np.full(self.parts.of, -1, dtype=np.int64)
+        part_of[self.parts.covered] = np.repeat(np.arange(len(self.parts)), self.parts.sizes)
+        return part_of
+
+
+class Cuts(Mapping[str, Cut]):
+    """The cut of every channel group at one student width, and of axes that consist of several groups."""
+
+    def __init__(self, groups: Mapping[str, Cut]) -> None:
+        self._groups = dict(groups)
+        self._joined: dict[tuple[str, ...], Cut] = {}
+
+    def __getitem__(self, group: str) -> Cut:
+        return self._groups[group]
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._groups)
+
+    def __len__(self) -> int:
+        return len(self._groups)
+
+    def of(self, channels: tuple[str, ...]) -> Cut:
+        """The cut of an axis whose channels are those of `channels`, one group after another."""
+        if len(channels) == 1:
+            return self._groups[channels[0]]
+        if channels not in self._joined:
+            cuts = [self._groups[group] for group in channels]
+            parts = _joined([cut.parts for cut in cuts])
+            shared = all(cut.rows is cut.parts for cut in cuts)
+            self._joined[channels] = Cut(parts, parts if shared else _joined([cut.rows for cut in cuts]))
+        return self._joined[channels]
+
+
+def _joined(runs: Sequence[Runs]) -> Runs:
+    """One list after another, each behind all stored channels of those before it."""
+    offsets = np.concatenate(([0], np.cumsum([each.of for each in runs])))
+    starts, stops = (
+        np.concatenate([side + offset for side, offset in zip(sides, offsets, strict=False)])
+        for sides in ([each.starts for each in runs], [each.stops for each in runs])
+    )
+    return Runs(starts, stops, int(offsets[-1]))
 
 
 @dataclass(frozen=True, eq=False)
 class NestedTree:
-    """All cuts of one clustering tree, its leaves in order.
+    """All cuts of one clustering tree over the first P of N channels, its leaves in order; the rest stand alone.
 
-    order: int64 (N,): leaf position -> the teacher's own channel. splits: int64 (N - 1,): the boundary that appears
-    when a cut grows from m to m + 1 parts, for m = 1 … N - 1. Raises `CutError` unless both are permutations.
+    order: int64 (N,): leaf position -> the teacher's own channel. splits: int64 (P - 1,), 1 ≤ P ≤ N: the boundary that
+    appears when a cut grows from m to m + 1 parts, for m = 1 … P - 1. Raises `CutError` unless both are permutations.
     """
 
     order: Indices
@@ -142,8 +205,10 @@ class NestedTree:
     def __post_init__(self) -> None:
         _require_permutation("order", self.order, first=0)
         _require_permutation("splits", self.splits, first=1)
-        if len(self.splits) != len(self.order) - 1:
-            raise CutError(f"{len(self.order)} leaves have {len(self.order) - 1} boundaries, not {len(self.splits)}")
+        if len(self.splits) >= len(self.order):
+            raise CutError(
+                f"{len(self.order)} leaves have at most {len(self.order) - 1} boundaries, not {len(self.splits)}"
+            )
 
     @property
     def stored_rows(self) -> int:
@@ -153,12 +218,24 @@ class NestedTree:
     def narrowest(self) -> int:
         return 1
 
+    @property
+    def leaves(self) -> int:
+        """P: how many channels the tree covers."""
+        return len(self.splits) + 1
+
+    @property
+    def is_whole(self) -> bool:
+        """Every channel is in the tree, so that every cut stands for all of them."""
+        return self.leaves == len(self.order)
+
     def cut(self, size: int) -> Cut:
         """The cut into `size` parts. Raises `CutError` unless 1 ≤ size ≤ N."""
         total = len(self.order)
         if not 1 <= size <= total:
             raise CutError(f"a tree of {total} channels cannot be cut into {size} parts")
-        parts = Runs.between(np.concatenate(([0], np.sort(self.splits[: size - 1]), [total])))
+        inside = np.sort(self.splits[: size - 1])
+        behind = np.arange(self.leaves, max(self.leaves, size))  # boundaries of the channels that stand alone
+        parts = Runs.between(np.concatenate(([0], inside, behind, [max(self.leaves, size)])), total)
         return Cut(parts, parts)
 
 
@@ -192,10 +269,17 @@ class SharedClusters:
         shares = share_out(self.sizes, size)
         parts = np.concatenate([_split_evenly(total, share) for total, share in zip(self.sizes, shares, strict=True)])
         boundaries = np.concatenate(([0], np.cumsum(parts)))
-        return Cut(Runs.between(boundaries), Runs.single(np.repeat(np.arange(len(self.sizes)), shares)))
+        rows = Runs.single(np.repeat(np.arange(len(self.sizes)), shares), len(self.sizes))
+        return Cut(Runs.between(boundaries), rows)
 
 
 Partition = NestedTree | SharedClusters
+
+
+def joined_order(orders: Sequence[Indices]) -> Indices:
+    """Leaf position -> the teacher's own channel, of an axis whose groups have these orders: int64 (N,)."""
+    starts = np.cumsum([0, *map(len, orders)])
+    return np.concatenate([order + start for order, start in zip(orders, starts, strict=False)])
 
 
 def share_out(sizes: Sequence[int] | Indices, rows: int) -> Indices:

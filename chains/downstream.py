@@ -36,7 +36,7 @@ from chains.ranking import Ranking
 from chains.refine import fingerprint
 from chains.runlog import RunLog
 from chains.sources import Source, first_identities
-from chains.train import Run, Trained, TrainRecipe, require_startable
+from chains.train import Run, Trained, TrainRecipe, epoch_steps, require_startable
 from chains.width import Width
 
 Say = Callable[[str], None]
@@ -88,6 +88,7 @@ def chain_of(task: Downstream, trained: Trained) -> Chain:
         tensors=tensors,
         partitions={group: NestedTree(np.arange(size), np.arange(1, size)) for group, size in sizes.items()},
         statistics={task.width: statistics},
+        sizes=old.sizes,
         provenance={
             "made_by": "widthwise finetune",
             "chain": old.name,
@@ -115,9 +116,10 @@ def _train(task: Downstream, folder: Path, log: RunLog | None, say: Say) -> Trai
         ranking = evaluate_model(trained.model, *validation, task.stored.chain.input)
         return {"map": ranking.map, "rank1": ranking.rank(1)}
 
+    epoch = epoch_steps(task.source.train, task.recipe.batch)
     run = Run(
         device=task.device,
-        report=None if log is None else Recorder(STAGE, log, REPORT_STEPS, say),
+        report=None if log is None else Recorder(STAGE, log, REPORT_STEPS, say, epoch),
         checkpoint=folder / f"checkpoint-{STAGE}.safetensors",
     )
     chain = task.stored.chain
@@ -134,7 +136,12 @@ def _finish(task: Downstream, folder: Path, trained: Trained, log: RunLog) -> tu
     frontier = measure_frontier(chain, source.query, source.gallery, source.name, 0, device=task.device)
     stored = save(replace(chain, frontier=replace(frontier, trained_after_expansion=True)), folder / CHAIN)
     mark = origin("finetuned", trained.model, old.input, old.license)
-    made_from = {"chain": old.name, "chain_digest": task.stored.digest, "embedding_space": chain.embedding_space}
+    made_from: dict[str, Any] = {
+        "chain": old.name,
+        "chain_digest": task.stored.digest,
+        "embedding_space": chain.embedding_space,
+    }
+    made_from["sizes"] = None if old.sizes is None else dict(old.sizes)
     save_trained(trained, mark.model_copy(update=made_from), folder / STUDENT)
     write_whole(folder / "curves.png", plots.training_curves_png(log.events()))
     report: dict[str, Any] = {"before": {"map": round(before.map, 2), "rank1": round(before.rank(1), 2)}}

@@ -10,7 +10,8 @@
     ├── LimitsError         the stated limits make no sense
     ├── BudgetTooSmall      no width fits the stated limits
     ├── UnsupportedOption   the ONNX writer cannot emit what was asked for
-    └── DataError           images or labels are unusable
+    ├── DataError           images or labels are unusable
+    └── WeightsRefused      somebody else's weights cannot be trusted, read or used
 
 Messages are for people: what was wrong, with the number, and what to do. They know no HTTP.
 """
@@ -49,17 +50,26 @@ class LimitsError(ChainsError):
 
 
 class BudgetTooSmall(ChainsError):
-    """No width of the chain fits.
+    """No width of the chain fits, or nothing that a compression can reach.
 
     `limit` is the name of the binding limit, `requested` what was asked, `smallest_available` what the narrowest
-    student needs, all in the unit that the limit's name carries.
+    student needs, all in the unit that the limit's name carries. `what` does not fit, and what to do about it.
     """
 
-    def __init__(self, chain: str, limit: str, requested: int, smallest_available: int) -> None:
+    def __init__(
+        self,
+        chain: str,
+        limit: str,
+        requested: int,
+        smallest_available: int,
+        *,
+        what: str = "student of chain",
+        advice: str = "refine a narrower chain",
+    ) -> None:
         super().__init__(
-            f"no student of chain '{chain}' fits: the smallest needs {smallest_available:,} "
+            f"no {what} '{chain}' fits: the smallest needs {smallest_available:,} "
             f"{limit.removeprefix('max_').replace('_', ' ')}, {limit} allows {requested:,}. "
-            f"Raise {limit} or refine a narrower chain."
+            f"Raise {limit} or {advice}."
         )
         self.chain = chain
         self.limit = limit
@@ -73,3 +83,7 @@ class UnsupportedOption(ChainsError):
 
 class DataError(ChainsError):
     """Images or labels are unusable; the message names the file, array or index."""
+
+
+class WeightsRefused(ChainsError):
+    """Somebody else's weights cannot be trusted, read or used; the message is the reason, for whoever has them."""

@@ -2,6 +2,11 @@
 
     W'[i, k] = mean_{i' ∈ rows(i)}  Σ_{k' ∈ parts(k)}  W[i', k']          weights
     v'[i]    = mean_{j ∈ parts(i)} v[j]                                    norm weights and biases
+    Q'[i, k] = √(m / N) Σ_{i' ∈ rows(i)}  Σ_{k' ∈ parts(k)}  W[i', k']    queries of an attention, biases too
+
+Queries meet keys in a product over channels, where a channel that stands for several must count as often. So their rows
+are summed, not averaged; and because a head of m channels divides its products by √m where the teacher's of N divides
+by √N, the factor makes a student with the usual scale attend as the teacher does (methods/oskt.md §4).
 
 With rows stored at teacher resolution this is the nested chain's formula; with one stored row per cluster the mean is
 over a single row and it is OSKT's row repeat and column sum (ICCV 2025, §3.3). Functions are pure and the same for
@@ -21,8 +26,9 @@ from numpy.typing import NDArray
 
 from chains.arch import Axes
 from chains.chain import Chain
-from chains.cut import Cut, Indices, Runs
+from chains.cut import Cuts, Indices, Runs
 from chains.errors import ChainMismatch
+from chains.nodes import Channels
 from chains.width import Width
 
 if TYPE_CHECKING:
@@ -31,7 +37,7 @@ if TYPE_CHECKING:
 Array = TypeVar("Array", NDArray[np.float32], NDArray[np.float64], "torch.Tensor")
 
 
-def expand(tensors: Mapping[str, Array], axes: Mapping[str, Axes], cuts: Mapping[str, Cut]) -> dict[str, Array]:
+def expand(tensors: Mapping[str, Array], axes: Mapping[str, Axes], cuts: Cuts) -> dict[str, Array]:
     """Every tensor of the student that `cuts` (one per group) describe.
 
     tensors: name -> conv weight `(out, in, kh, kw)` or norm vector `(out,)`, in leaf order. Returns new tensors of the
@@ -41,20 +47,26 @@ def expand(tensors: Mapping[str, Array], axes: Mapping[str, Axes], cuts: Mapping
     return {name: expand_tensor(name, tensors[name], axes[name], cuts) for name in axes}
 
 
-def expand_tensor(name: str, tensor: Array, axes: Axes, cuts: Mapping[str, Cut]) -> Array:
+def expand_tensor(name: str, tensor: Array, axes: Axes, cuts: Cuts) -> Array:
     """One tensor of the student, as in `expand`."""
-    cut = cuts[axes.rows]
+    cut = cuts.of(axes.rows)
     rows = cut.rows if tensor.ndim > 1 else cut.parts
     _require_channels(name, axes.rows, len(tensor), rows)
-    if axes.columns is None:
-        return merge(tensor, rows)
-    columns = cuts[axes.columns].parts
-    _require_channels(name, axes.columns, tensor.shape[1], columns)
-    return merge(tensor, rows, columns)
+    columns = None if axes.columns is None else cuts.of(axes.columns).parts
+    if axes.columns is not None and columns is not None:
+        _require_channels(name, axes.columns, tensor.shape[1], columns)
+    merged = merge(tensor, rows, columns, sums_rows=axes.sums_rows)
+    return merged * query_factor(rows) if axes.sums_rows and len(rows) < rows.of else merged
 
 
-def merge(tensor: Array, rows: Runs, columns: Runs | None = None) -> Array:
-    """Mean over runs of rows, sum over runs of columns. A slice of `rows` gives that slice of the result, bit for bit.
+def query_factor(rows: Runs) -> float:
+    """√(m / N) of queries of m channels that were merged from N, rounded to float32."""
+    return float(np.float32(np.sqrt(len(rows) / rows.of)))
+
+
+def merge(tensor: Array, rows: Runs, columns: Runs | None = None, *, sums_rows: bool = False) -> Array:
+    """Mean (or sum) over runs of rows, sum over runs of columns. A slice of `rows` or of `columns` gives that slice of
+    the result, bit for bit.
 
     >>> merge(
     ...     np.array([[1.0, 2.0, 3.0], [3.0, 4.0, 5.0]]),
@@ -66,7 +78,7 @@ def merge(tensor: Array, rows: Runs, columns: Runs | None = None) -> Array:
     merged = sum_runs(tensor, rows, axis=0)
     if columns is not None:
         merged = sum_runs(merged, columns, axis=1)
-    return merged if rows.is_single else merged / _column_of(rows.sizes, merged)
+    return merged if rows.is_single or sums_rows else merged / _column_of(rows.sizes, merged)
 
 
 def sum_runs(tensor: Array, runs: Runs, axis: int) -> Array:
@@ -93,12 +105,10 @@ def _add_runs(tensor: torch.Tensor, runs: Runs, axis: int) -> torch.Tensor:
     """`sum_runs` in one differentiable call, an order of magnitude faster with gradients than step by step. On a CPU it
     adds left to right as well; a GPU picks its own order."""
     first, last = int(runs.starts[0]), int(runs.stops[-1])
-    if bool((runs.starts[1:] == runs.stops[:-1]).all()):
+    if runs.is_gapless:
         source = tensor[:, first:last] if axis else tensor[first:last]
     else:
-        source = _take(
-            tensor, np.concatenate([np.arange(*run) for run in zip(runs.starts, runs.stops, strict=True)]), axis
-        )
+        source = _take(tensor, runs.covered, axis)
     run_of = source.new_empty(0).long().new_tensor(np.repeat(np.arange(len(runs)), runs.sizes))
     shape = (*source.shape[:axis], len(runs), *source.shape[axis + 1 :])
     return source.new_zeros(shape).index_add(axis, run_of, source)
@@ -117,10 +127,10 @@ def _column_of(sizes: NDArray[np.int64], like: Any) -> Any:
     return column.astype(like.dtype) if isinstance(like, np.ndarray) else like.new_tensor(column)
 
 
-def _require_channels(name: str, group: str, found: int, runs: Runs) -> None:
-    needed = int(runs.stops.max())
-    if found != needed:
-        raise ChainMismatch(f"{name} has {found} channels where its group '{group}' has {needed} in this chain")
+def _require_channels(name: str, channels: Channels, found: int, runs: Runs) -> None:
+    if found != runs.of:
+        groups = f"its group '{channels[0]}' has" if len(channels) == 1 else f"its {len(channels)} groups have"
+        raise ChainMismatch(f"{name} has {found} channels where {groups} {runs.of} in this chain")
 
 
 def student(chain: Chain, width: Width) -> dict[str, NDArray[np.float32]]:
@@ -132,4 +142,4 @@ def student(chain: Chain, width: Width) -> dict[str, NDArray[np.float32]]:
 
 def student_weights(chain: Chain, width: Width) -> dict[str, NDArray[np.float32]]:
     """The expanded tensors of the student at `width`, with the norms of its own where the chain has them."""
-    return {**expand(chain.tensors, chain.table.axes, chain.cuts(width)), **chain.own_norms.get(width, {})}
+    return {**expand(chain.tensors, chain.axes, chain.cuts(width)), **chain.own_norms.get(width, {})}

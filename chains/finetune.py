@@ -12,7 +12,7 @@ from chains.chain import Chain
 from chains.data.images import Images
 from chains.expand import student_weights
 from chains.losses import PAPER_LOSS, LossRecipe
-from chains.model import ReIDModel, model_of
+from chains.model import ReIDModel, model_of, network_of
 from chains.train import Distillation, Run, Trained, TrainRecipe, train_alone
 from chains.width import Width
 
@@ -53,4 +53,4 @@ def finetune(
 def expanded(chain: Chain, width: Width) -> ReIDModel:
     """The student as expansion makes it, with its calibrated statistics where the chain has them. Without them it is
     fit for training, not for use."""
-    return model_of(chain.architecture, width, {**student_weights(chain, width), **chain.statistics.get(width, {})})
+    return model_of(network_of(chain), width, {**student_weights(chain, width), **chain.statistics.get(width, {})})

@@ -25,13 +25,16 @@ from torch import Tensor, nn
 from torch.func import functional_call
 
 from chains.arch import Architecture
-from chains.chain import AFFINE, Floats
+from chains.architectures.resnet import settings
+from chains.chain import AFFINE, Floats, cuts_of
 from chains.compatible import Anchor, AnchorLoss
-from chains.cut import Cut, Partition
-from chains.errors import WidthError
+from chains.cut import Cut, Cuts, Partition, joined_order
+from chains.errors import ArchitectureError, WidthError
 from chains.expand import expand, sum_runs
 from chains.losses import cross_width_triplet, distillation_loss, reid_loss, similarity_loss
 from chains.model import ReIDModel, model_of, module_name, numpy_tensors
+from chains.relations import RELATED, map_relation_loss
+from chains.taps import traced
 from chains.train import Objective, Trained
 from chains.tree import in_leaf_order
 from chains.width import Width
@@ -46,7 +49,9 @@ class NestedRecipe:
     distillation: the share, 0 to 1, of a student's classification loss that comes from the full width's logits, at
     temperature 1, instead of the labels. own_norms: every narrower rung learns offsets to the merged norms.
     widths_between: how many random widths a step trains besides its two ends. hard_factor: of every pass's triplet
-    loss. Raises `WidthError` outside these bounds.
+    loss. merged_share: the share, 0 to 1, of each group's channels that its tree covers, see `chains.tree.grow_trees`.
+    arkd_maps_weight: of DEAP's ARKD of a student's maps of stages 3 and 4 against the full width's; for ResNets.
+    Raises `WidthError` outside these bounds.
     """
 
     full_weight: float = 1.0
@@ -56,21 +61,29 @@ class NestedRecipe:
     own_norms: bool = True
     widths_between: int = 1
     hard_factor: float = 0.0
+    merged_share: float = 0.375
+    arkd_maps_weight: float = 0.0
 
     def __post_init__(self) -> None:
         if not 0 <= self.distillation <= 1:
             raise WidthError(f"distillation {self.distillation} is a share of the classification loss, 0 to 1")
+        if not 0 <= self.merged_share <= 1:
+            raise WidthError(f"merged_share {self.merged_share} is a share of the channels, 0 to 1")
+        if not self.arkd_maps_weight >= 0:
+            raise WidthError(f"arkd_maps_weight {self.arkd_maps_weight} is the weight of a loss, 0 or more")
 
 
 @dataclass(frozen=True, eq=False)
 class Pass:
     """What one student makes of a batch, all float32: `feature` (batch, m) in front of the neck; `embedding` (batch, m)
-    behind it; `lifted` (batch, N), the embedding at teacher resolution in leaf order; `logits` (batch, pids)."""
+    behind it; `lifted` (batch, N), the embedding at teacher resolution in leaf order; `logits` (batch, pids); `maps`
+    (batch, C, H, W), the outputs of the stages of `RELATED` where the recipe relates them."""
 
     feature: Tensor
     embedding: Tensor
     lifted: Tensor
     logits: Tensor
+    maps: tuple[Tensor, ...] = ()
 
 
 class Sandwich(Objective):
@@ -91,10 +104,12 @@ class Sandwich(Objective):
     ) -> None:
         super().__init__()
         require_sandwich(ladder, teacher.model.width, recipe)
+        if recipe.arkd_maps_weight:
+            require_stages(teacher.model.table.name)
         self.table: Architecture = teacher.model.table
         self.partitions, self.ladder, self.recipe, self.seed = partitions, ladder, recipe, seed
         self.full = in_leaf_order_model(teacher.model, partitions)
-        order = partitions[self.table.embedding_group].order
+        order = joined_order([partitions[group].order for group in self.table.embedding_channels])
         self.classifier = nn.Parameter(teacher.classifier[:, torch.from_numpy(order)].clone())
         self.anchoring = None if compatible is None else AnchorLoss(compatible, self.classifier.shape, order)
         # In a plain dict, so that they are no submodules: they hold no weights.
@@ -139,7 +154,13 @@ class Sandwich(Objective):
             + self.recipe.similarity_weight * similarity
             + self.recipe.cross_triplet_weight * crossing
             + self.compatible_loss(student, labels)
+            + self.map_loss(student, full)
         )
+
+    def map_loss(self, student: Pass, full: Pass) -> Tensor | float:
+        """How otherwise the maps of a narrower width relate the images of a batch than the full width's."""
+        related = [map_relation_loss(*maps) for maps in zip(student.maps, full.maps, strict=True)]
+        return self.recipe.arkd_maps_weight * torch.stack(related).sum() if related else 0.0
 
     def compatible_loss(self, student: Pass, labels: Tensor) -> Tensor | float:
         """How far the lifted embeddings of one pass are from an old space, where the chain shall meet one."""
@@ -152,10 +173,17 @@ class Sandwich(Objective):
     def run(self, width: Width, pixels: Tensor) -> Pass:
         """One pass through the student of `width`."""
         student = {module_name(name): tensor for name, tensor in self.student(width).items()}
+        template = self.templates[width]
+        maps: tuple[Tensor, ...] = ()
         with self.autocast(pixels.device):
-            feature, embedding = functional_call(self.templates[width], student, (pixels,))
+            if self.recipe.arkd_maps_weight:
+                seen = traced(template, lambda: functional_call(template, student, (pixels,)))
+                feature, embedding = seen.feature, seen.embedding
+                maps = tuple(seen.output(stage) for stage in RELATED)
+            else:
+                feature, embedding = functional_call(template, student, (pixels,))
         embedding = embedding.float()
-        return Pass(feature.float(), embedding, self.lift(width, embedding), self.logits(width, embedding))
+        return Pass(feature.float(), embedding, self.lift(width, embedding), self.logits(width, embedding), maps)
 
     def student(self, width: Width) -> dict[str, Tensor]:
         """The tensors of the student, with gradients into this objective's."""
@@ -176,11 +204,11 @@ class Sandwich(Objective):
         return embedding @ sum_runs(self.classifier, self._embedding_cut(width).parts, axis=1).T
 
     def _embedding_cut(self, width: Width) -> Cut:
-        return self.cuts[width][self.table.embedding_group]
+        return self.cuts[width].of(self.table.embedding_channels)
 
     def settings(self) -> Mapping[str, Any]:
         settings: dict[str, Any] = {
-            "recipe": asdict(self.recipe),
+            "recipe": recipe_values(self.recipe),
             "ladder": [str(width) for width in self.ladder],
             "cuts": digest_of_cuts(self.cuts),
         }
@@ -215,6 +243,24 @@ class Sandwich(Objective):
         return 0 * torch.stack([offset.sum() for offset in self.offsets.values()]).sum() if self.offsets else 0.0
 
 
+def recipe_values(recipe: NestedRecipe) -> dict[str, Any]:
+    """`recipe` as JSON values, without what came later and says nothing: older runs that go on are still the same."""
+    values = asdict(recipe)
+    if not recipe.arkd_maps_weight:
+        del values["arkd_maps_weight"]
+    return values
+
+
+def require_stages(architecture_name: str) -> None:
+    """Raises `ArchitectureError` for a network without the stages whose maps ARKD relates."""
+    try:
+        settings(architecture_name)
+    except ArchitectureError as error:
+        raise ArchitectureError(
+            f"arkd_maps_weight relates maps of stages 3 and 4 of ResNets, and {architecture_name} is none; set it to 0"
+        ) from error
+
+
 def _key(width: Width, name: str) -> str:
     """The offset of tensor `name` at `width`, as a key of a `ParameterDict`, which refuses dots."""
     return f"{width}/{name}".replace(".", "/")
@@ -242,12 +288,7 @@ def in_leaf_order_model(teacher: ReIDModel, partitions: Mapping[str, Partition])
     return without_statistics(model_of(teacher.table.name, teacher.width, leaves)).train()
 
 
-def cuts_of(table: Architecture, partitions: Mapping[str, Partition], width: Width) -> dict[str, Cut]:
-    """One cut per channel group. Raises `WidthError` or `CutError` where the partitions cannot give `width`."""
-    return {group: partitions[group].cut(size) for group, size in table.group_sizes(width).items()}
-
-
-def digest_of_cuts(cuts: Mapping[Width, Mapping[str, Cut]]) -> str:
+def digest_of_cuts(cuts: Mapping[Width, Cuts]) -> str:
     """An id of the cuts of a whole ladder."""
     total = hashlib.sha256()
     for groups in cuts.values():

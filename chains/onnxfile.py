@@ -35,11 +35,11 @@ from chains import onnxgraph
 from chains.artifact import StoredChain, canonical_json
 from chains.chain import Chain
 from chains.cost import FLOAT_BYTES, Costs, count_macs, count_params, peak_activation_bytes
-from chains.cut import Cut
+from chains.cut import Cuts
 from chains.errors import ChainMismatch, UnsupportedOption
 from chains.onnxgraph import EMITTER_VERSION, OPSETS, EmitOptions
 from chains.onnxweights import Constant, Initialiser, Weight, initialisers, lift_initialiser, pixel_initialisers
-from chains.width import USUAL_MULTIPLIERS, Width
+from chains.width import Width
 
 __all__ = ["EMITTER_VERSION", "OPSETS", "EmitOptions", "OnnxPlan", "plan", "require_finite", "write"]
 
@@ -211,7 +211,7 @@ class _Draft:
     stored: StoredChain
     width: Width
     options: EmitOptions
-    cuts: Mapping[str, Cut]
+    cuts: Cuts
 
     @property
     def chain(self) -> Chain:
@@ -226,7 +226,7 @@ class _Draft:
 
     @property
     def native_dim(self) -> int:
-        return len(self.cuts[self.chain.table.embedding_group])
+        return len(self.cuts.of(self.chain.table.embedding_channels))
 
     @property
     def embedding_dim(self) -> int:
@@ -262,7 +262,8 @@ class _Draft:
     @property
     def file_name(self) -> str:
         """`resnet50_w24_<chain>_<id8>.onnx`: trackers read the architecture from a ReID model's file name."""
-        width = str(self.width.stem) if self.width.multipliers == USUAL_MULTIPLIERS else str(self.width)
+        is_usual = self.width.multipliers == self.chain.table.multipliers
+        width = str(self.width.stem) if is_usual else str(self.width)
         return f"{self.chain.architecture}_w{width}_{self.chain.name}_{self.model_id[:8]}.onnx"
 
     @cached_property
@@ -279,7 +280,7 @@ class _Draft:
 def _segments(draft: _Draft) -> Iterator[Segment]:
     """The file in order: bytes that are ready, and weights that are made when they are read."""
     options, constants = draft.options, draft.initialisers
-    head = onnxgraph.graph_head(draft.chain.architecture, options, draft.is_lifted)
+    head = onnxgraph.graph_head(draft.chain.architecture, draft.width, options, draft.is_lifted, _sizes(draft.chain))
     tail = onnxgraph.graph_tail(draft.chain.input, draft.embedding_dim, options.preprocess)
     headers = [_header(constant) for constant in constants]
     graph_bytes = len(head) + sum(map(len, headers)) + sum(constant.size_bytes for constant in constants) + len(tail)
@@ -292,6 +293,10 @@ def _segments(draft: _Draft) -> Iterator[Segment]:
         else:
             ready += header + constant.values.tobytes()
     yield ready + tail + onnxgraph.tail(options.opset, _metadata(draft))
+
+
+def _sizes(chain: Chain) -> onnxgraph.Sizes:
+    return None if chain.sizes is None else tuple(sorted(chain.sizes.items()))
 
 
 def _header(constant: Initialiser) -> bytes:

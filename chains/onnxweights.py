@@ -1,8 +1,10 @@
-"""The initialisers of a student's ONNX graph: small ones ready, convolution weights expanded as they are read.
+"""The initialisers of a student's ONNX graph: small ones ready, weights expanded as they are read.
 
 Batch normalisation is folded into the convolution in front of it: with s = γ / √(var + ε) per row,
 
-    W' = W · s        bias = β - mean · s        all in float32
+    W' = W · s        bias = β + (b - mean) · s        all in float32, b: the layer's own bias, if it has one
+
+and 1/√d, what an attention scales its products by, into the queries.
 
 Expansion sums left to right (`chains/expand.py`) and the rest are single IEEE operations per element, so the same chain
 gives the same bytes on any machine.
@@ -18,11 +20,12 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from chains.arch import NORM_EPSILON, Conv, Neck
+from chains.arch import NORM_EPSILON, Axes
 from chains.chain import AFFINE, STATISTICS, Chain, Floats, InputSpec
-from chains.cost import FLOAT_BYTES
-from chains.cut import Cut, Runs
-from chains.expand import merge
+from chains.cost import FLOAT_BYTES, has_bias
+from chains.cut import Cuts, Runs
+from chains.expand import expand_tensor, merge, query_factor
+from chains.nodes import ChannelAttention, Channels, Conv, InstanceNorm, LayerNorm, Linear, Neck, Node, Tokens, Weighted
 from chains.onnxgraph import LIFT, NECK_SCALE, NECK_SHIFT, PIXEL_SCALE, PIXEL_SHIFT
 from chains.width import Width
 
@@ -52,16 +55,24 @@ class Constant:
 
 @dataclass(frozen=True, eq=False)
 class Weight:
-    """A convolution's folded weight, made when it is read; it knows the chain's tensor by name only.
+    """A layer's folded weight, made when it is read; it knows the chain's tensor by name only.
 
-    shape: (out, in, kh, kw). rows, columns: runs of the chain's tensor. scale: float32 (out, 1, 1, 1).
+    shape: as the chain's tensor, (rows, …). rows, columns: runs of it. scale: float32 (rows, 1, …). is_transposed: the
+    file holds (columns, rows), what `MatMul` reads. sums_rows: as of `chains.arch.Axes`.
     """
 
     name: str
-    shape: tuple[int, ...]
+    student_shape: tuple[int, ...]
     rows: Runs
     columns: Runs | None
     scale: Floats
+    is_transposed: bool = False
+    sums_rows: bool = False
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """As it stands in the file."""
+        return self.student_shape[::-1] if self.is_transposed else self.student_shape
 
     @property
     def size_bytes(self) -> int:
@@ -73,52 +84,123 @@ class Weight:
         return all(bool(np.isfinite(np.frombuffer(slab, "<f4")).all()) for slab in slabs)
 
     def pieces(self, tensors: Mapping[str, Floats], start: int, stop: int) -> Iterator[memoryview]:
-        """Bytes `start` to `stop` of the data, expanding only the rows that hold them."""
-        row_bytes = self.size_bytes // self.shape[0]
-        first, last = start // row_bytes, -(-stop // row_bytes)
-        step = max(1, SLAB_BYTES // tensors[self.name][0].nbytes)
-        for row in range(first, last, step):
-            data = self._expanded(tensors[self.name], slice(row, min(row + step, last)))
-            yield data[max(start - row * row_bytes, 0) : stop - row * row_bytes]
+        """Bytes `start` to `stop` of the data, expanding only what holds them: rows, or columns where transposed."""
+        line_bytes = self.size_bytes // self.shape[0]
+        first, last = start // line_bytes, -(-stop // line_bytes)
+        tensor = tensors[self.name]
+        step = max(1, SLAB_BYTES * (tensor.shape[1] if self.is_transposed else len(tensor)) // tensor.nbytes)
+        expanded = self._expanded_columns if self.is_transposed else self._expanded_rows
+        for line in range(first, last, step):
+            data = expanded(tensor, slice(line, min(line + step, last)))
+            yield data[max(start - line * line_bytes, 0) : stop - line * line_bytes]
 
-    def _expanded(self, tensor: Floats, window: slice) -> memoryview:
+    def _expanded_rows(self, tensor: Floats, window: slice) -> memoryview:
         """The bytes of a window of rows: memory of its own."""
-        rows = merge(tensor, self.rows[window], self.columns) * self.scale[window]
-        return rows.astype("<f4", copy=False).reshape(-1).view(np.uint8).data
+        rows = merge(tensor, self.rows[window], self.columns, sums_rows=self.sums_rows)
+        return _bytes_of(rows * self.scale[window])
+
+    def _expanded_columns(self, tensor: Floats, window: slice) -> memoryview:
+        """The bytes of a window of columns, each a line: memory of its own."""
+        if self.columns is None:
+            lines = merge(tensor[:, window], self.rows, sums_rows=self.sums_rows)
+        else:
+            columns = self.columns[window]
+            first, last = int(columns.starts.min()), int(columns.stops.max())
+            shifted = Runs(columns.starts - first, columns.stops - first, last - first)
+            lines = merge(tensor[:, first:last], self.rows, shifted, sums_rows=self.sums_rows)
+        return _bytes_of(np.ascontiguousarray((lines * self.scale).T))
 
 
 Initialiser = Constant | Weight
 
 
-def initialisers(chain: Chain, width: Width, cuts: Mapping[str, Cut]) -> Iterator[Initialiser]:
-    """Weight and bias of every convolution, scale and shift of the neck, in the order of the nodes that read them."""
+def initialisers(chain: Chain, width: Width, cuts: Cuts) -> Iterator[Initialiser]:
+    """Weights and biases of every layer in the order of the nodes that read them; a layer that is used again is there
+    once."""
     chain.require_calibrated(width)
-    shapes = chain.table.tensor_shapes(width)
+    maker = _Maker(chain, width, cuts)
+    seen: set[str] = set()
     for node in chain.table.nodes:
-        if isinstance(node, Conv):
-            name = f"{node.name}.weight"
-            scale, shift = _fold(chain, width, node, cuts[node.rows].parts)
-            columns = None if node.columns is None else cuts[node.columns].parts
-            yield Weight(name, shapes[name], cuts[node.rows].rows, columns, scale.reshape(-1, 1, 1, 1))
-            yield _floats(f"{node.name}.bias", shift)
-        elif isinstance(node, Neck):
-            scale, shift = _fold(chain, width, node, cuts[node.rows].parts)
-            yield _floats(NECK_SCALE, scale)
-            yield _floats(NECK_SHIFT, shift)
+        for initialiser in maker.of(node):
+            if initialiser.name not in seen:
+                seen.add(initialiser.name)
+                yield initialiser
 
 
-def _fold(chain: Chain, width: Width, node: Conv | Neck, parts: Runs) -> tuple[Floats, Floats]:
-    """Batch normalisation as (scale s, shift β - mean · s), each (rows,)."""
-    mean, variance = (chain.statistics[width][f"{node.norm}.{kind}"] for kind in STATISTICS)
-    gamma, beta = (_affine(chain, width, f"{node.norm}.{kind}", parts) for kind in AFFINE)
-    scale = gamma / np.sqrt(variance + np.float32(NORM_EPSILON))
-    return scale, beta - mean * scale
+@dataclass(frozen=True, eq=False)
+class _Maker:
+    """Makes the initialisers of one student."""
+
+    chain: Chain
+    width: Width
+    cuts: Cuts
+
+    def of(self, node: Node) -> Iterator[Initialiser]:
+        match node:
+            case Conv() | Linear():
+                yield from self._layer(node)
+            case Neck():
+                scale, shift = self._fold(node.norm, node.rows)
+                yield _floats(NECK_SCALE, scale)
+                yield _floats(NECK_SHIFT, shift)
+            case InstanceNorm() | LayerNorm():
+                for kind in AFFINE:
+                    yield _floats(f"{node.name}.{kind}", self._affine(f"{node.name}.{kind}", node.rows))
+            case Tokens():
+                cut = self.cuts.of(node.rows)
+                ones = np.ones((len(cut), 1), np.float32)
+                yield Weight(node.name, (len(cut), node.count), cut.rows, None, ones, is_transposed=True)
+            case ChannelAttention():
+                yield _floats(f"{node.name}.gamma", self._vector(f"{node.name}.gamma"))
+
+    def _layer(self, layer: Weighted) -> Iterator[Initialiser]:
+        name = f"{layer.name}.weight"
+        axes, cut = self.chain.axes[name], self.cuts.of(layer.rows)
+        columns = None if axes.columns is None else self.cuts.of(axes.columns).parts
+        scale, shift = self._scale_and_shift(layer)
+        tail = self.chain.tensors[name].shape[1:]
+        shape = (len(cut), *(tail if columns is None else (len(columns), *tail[1:])))
+        by_row = (scale * self._query_factor(axes, cut.rows)).reshape(-1, *(1,) * len(tail))
+        is_transposed = isinstance(layer, Linear) and layer.on_tokens
+        yield Weight(name, shape, cut.rows, columns, by_row, is_transposed, axes.sums_rows)
+        if has_bias(layer):
+            yield _floats(f"{layer.name}.bias", shift)
+
+    def _scale_and_shift(self, layer: Weighted) -> tuple[Floats, Floats]:
+        """What folding multiplies each row by, and the bias it leaves; (rows,)."""
+        size = len(self.cuts.of(layer.rows))
+        scale, shift = np.ones(size, np.float32), np.zeros(size, np.float32)
+        if layer.norm is not None:
+            normed = len(self.cuts.of(layer.normed_rows))  # the last of the rows
+            scale[size - normed :], shift[size - normed :] = self._fold(layer.norm, layer.normed_rows)
+        if isinstance(layer, Linear) and layer.is_query:
+            scale *= np.float32(1 / np.sqrt(size / len(layer.rows)))
+        if layer.bias:
+            shift = shift + self._vector(f"{layer.name}.bias") * scale
+        return scale, shift
+
+    def _vector(self, name: str) -> Floats:
+        return expand_tensor(name, self.chain.tensors[name], self.chain.axes[name], self.cuts)
+
+    @staticmethod
+    def _query_factor(axes: Axes, rows: Runs) -> np.float32:
+        return np.float32(query_factor(rows) if axes.sums_rows else 1)
+
+    def _fold(self, norm: str, groups: Channels) -> tuple[Floats, Floats]:
+        """Batch normalisation as (scale s, shift β - mean · s), each (channels,)."""
+        mean, variance = (self.chain.statistics[self.width][f"{norm}.{kind}"] for kind in STATISTICS)
+        gamma, beta = (self._affine(f"{norm}.{kind}", groups) for kind in AFFINE)
+        scale = gamma / np.sqrt(variance + np.float32(NORM_EPSILON))
+        return scale, beta - mean * scale
+
+    def _affine(self, name: str, groups: Channels) -> Floats:
+        """A norm's weight or bias at `width`: its own, or else the merged one."""
+        own = self.chain.own_norms.get(self.width)
+        return merge(self.chain.tensors[name], self.cuts.of(groups).parts) if own is None else own[name]
 
 
-def _affine(chain: Chain, width: Width, name: str, parts: Runs) -> Floats:
-    """A norm's weight or bias at `width`: its own, or else the merged one."""
-    own = chain.own_norms.get(width)
-    return merge(chain.tensors[name], parts) if own is None else own[name]
+def _bytes_of(lines: Floats) -> memoryview:
+    return lines.astype("<f4", copy=False).reshape(-1).view(np.uint8).data
 
 
 def pixel_initialisers(spec: InputSpec) -> Iterator[Constant]:

@@ -5,12 +5,14 @@
     checkpoint-teacher.safetensors      to go on from after a kill, one per stage
     checkpoint-refinement.safetensors
     teacher.safetensors                 the teacher and its classifier, see `chains.export`
+    stage-*.safetensors                 the chain as `STAGES` left it, while the run is not complete
     chain.safetensors, report.json      the result
     frontier.png, cross_width.png, curves.png
 
-Every stage starts from its checkpoint where there is one, and a stage that is complete only loads it. So a run that was
-killed anywhere and started again with `resume` ends with the same chain, digest for digest, on the same machine and
-number of threads. Under torchrun all processes train and the first one writes.
+Every stage starts from its checkpoint where there is one, and a stage that is complete only loads what it left. So a
+run that was killed anywhere and started again with `resume` ends with the same chain, digest for digest, on the same
+machine and number of threads. A run may also be done a stage at a time (`until`), each on another machine, as long as
+the directory comes along. Under torchrun all processes train and the first one writes.
 """
 
 from __future__ import annotations
@@ -21,14 +23,16 @@ from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from types import MappingProxyType
+from typing import Any, Literal, get_args
 
 from chains import plots
-from chains.arch import architecture
+from chains.architectures import architecture
 from chains.artifact import StoredChain, load, save
 from chains.atomic import write_whole
 from chains.calibrate import BATCH, calibrate
 from chains.chain import Chain, Frontier, InputSpec
+from chains.classifier import with_classifier
 from chains.compatible import (
     Anchor,
     anchor_in,
@@ -44,26 +48,51 @@ from chains.data.readers import detect
 from chains.data.validation import unmatched_queries
 from chains.errors import ChainFileError, ChainMismatch, DataError
 from chains.evaluate import evaluate_model, measure_frontier
-from chains.export import load_exported, load_trained, origin, read_exported, save_trained
+from chains.export import Exported, load_trained, origin, read_exported, save_trained
+from chains.importers.pretraining import read_start
 from chains.losses import PAPER_LOSS
-from chains.model import load_student
+from chains.model import ReIDModel, load_student
+from chains.oskt import projected
 from chains.processes import Processes, joined, local_device
-from chains.refine import Refined, refine
+from chains.refine import Refined, clustered, refine
 from chains.runlog import RunLog
 from chains.sources import Source, choose, first_identities, open_source
-from chains.train import Progress, Run, Trained, line_of, paper_recipe, require_startable, train_alone
+from chains.train import (
+    Progress,
+    Run,
+    Trained,
+    TrainRecipe,
+    epoch_steps,
+    line_of,
+    paper_recipe,
+    require_startable,
+    train_alone,
+)
 from chains.width import Width
 
 Say = Callable[[str], None]
 IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 CONFIG, CHAIN, TEACHER, REPORT = "config.toml", "chain.safetensors", "teacher.safetensors", "report.json"
+Stage = Literal["cluster", "refine", "calibrate", "evaluate"]
+STAGES: tuple[Stage, ...] = get_args(Stage)
+LEFT: Mapping[str, str] = {stage: f"stage-{stage}.safetensors" for stage in STAGES[:-1]}  # the last leaves `CHAIN`
 
 
 def run_refinement(
-    config: Config, folder: Path, *, resume: bool, say: Say, steps: int | None = None
+    config: Config,
+    folder: Path,
+    *,
+    resume: bool,
+    say: Say,
+    steps: int | None = None,
+    changes: Mapping[str, Any] = MappingProxyType({}),
+    until: Stage = "evaluate",
+    moved: bool = False,
 ) -> StoredChain | None:
-    """Do the whole run in `folder` and return its chain; `None` in every process but the first. `steps`: of the
-    refinement, instead of its recipe's.
+    """Do the run in `folder` up to the stage `until`, by default the whole of it, and return the chain as it is then;
+    `None` in every process but the first. `steps`: of the refinement, instead of its recipe's; `changes`: of
+    other fields of that recipe. `moved`: the folder may
+    come from another machine, so that its paths mean nothing here.
 
     Raises `DataError` when the folder holds something and `resume` was not asked for, or when what it holds is another
     run; and what the stages raise.
@@ -72,10 +101,10 @@ def run_refinement(
         if team.is_first:
             require_room(folder, CONFIG, resume=resume)
         source = open_source(config.data)
-        config = resolve(config, source.train, steps)
+        config = resolve(config, source.train, steps, changes)
         require_feasible(config, source)
         if team.is_first:
-            claim_folder(folder, config)
+            claim_folder(folder, config, moved=moved)
             for note in source.notes:
                 say(f"{source.name}: {note}")
         team.wait()
@@ -84,12 +113,14 @@ def run_refinement(
                 say(f"{folder} is complete; nothing is left to do")
             return load(folder / CHAIN) if team.is_first else None
         log = stack.enter_context(RunLog(folder)) if team.is_first else None
-        return _Stages(config, folder, source, team, log, say).run()
+        return _Stages(config, folder, source, team, log, say).run(until)
 
 
-def resolve(config: Config, train: Images, steps: int | None = None) -> Config:
+def resolve(
+    config: Config, train: Images, steps: int | None = None, changes: Mapping[str, Any] = MappingProxyType({})
+) -> Config:
     """`config` with everything spelt out that depends on the images or on presets, so that it stands for itself;
-    `steps` replaces those of the refinement."""
+    `steps` replaces those of the refinement, `changes` other fields of its recipe."""
     data, teacher, refinement = config.data, config.teacher, config.refinement
     if data.kind == "auto" and data.root is not None:
         data = data.model_copy(update={"kind": detect(data.root).kind})
@@ -98,21 +129,26 @@ def resolve(config: Config, train: Images, steps: int | None = None) -> Config:
         spelt_out = {"preset": None, "train": paper_recipe(train, "teacher"), "loss": PAPER_LOSS}
         teacher = teacher.model_copy(update=spelt_out)
     recipe = refinement.train or paper_recipe(train, "refine")
-    changes: dict[str, Any] = {
-        "ladder": refinement.rungs_to(teacher.width),
+    spelt: dict[str, Any] = {
+        "ladder": config.ladder,
         "narrowest": None,
         "preset": None,
-        "train": recipe if steps is None else replace(recipe, steps=steps),
+        "train": changed(recipe, steps, changes),
     }
     if refinement.mode == "oskt" and refinement.loss is None:
-        changes["loss"] = PAPER_LOSS
+        spelt["loss"] = PAPER_LOSS
     return config.model_copy(
         update={
             "data": data.model_copy(update={"height": height, "width": width}),
             "teacher": teacher,
-            "refinement": refinement.model_copy(update=changes),
+            "refinement": refinement.model_copy(update=spelt),
         }
     )
+
+
+def changed(recipe: TrainRecipe, steps: int | None, changes: Mapping[str, Any]) -> TrainRecipe:
+    """`recipe` with other `steps`, unless `None`, and other values of the fields in `changes`."""
+    return replace(recipe, **{**changes, **({} if steps is None else {"steps": steps})})
 
 
 def require_feasible(config: Config, source: Source) -> None:
@@ -148,19 +184,21 @@ def require_room(folder: Path, mark: str, *, resume: bool) -> None:
         raise DataError(f"{folder} holds no {mark}, so it is no run to resume; name another --out")
 
 
-def claim_folder(folder: Path, config: Config) -> None:
-    """Make `folder` the directory of this run. Raises `DataError` when it is another's."""
+def claim_folder(folder: Path, config: Config, *, moved: bool = False) -> None:
+    """Make `folder` the directory of this run; `moved`: whatever its paths are. Raises `DataError` when it is
+    another's."""
     folder.mkdir(parents=True, exist_ok=True)
-    if (folder / CONFIG).exists() and (different := differences(read_config(folder / CONFIG), config)):
+    known = read_config(folder / CONFIG) if (folder / CONFIG).exists() else config
+    if different := differences(known, config, moved=moved):
         raise DataError(f"{folder} holds another run: {different[0]}; name another --out, or the same options")
     write_whole(folder / CONFIG, dumps(config, folder).encode())
 
 
 class Recorder:
-    """Hands the progress of a stage to the terminal and to the log, every so many steps."""
+    """Hands the progress of a stage to the terminal and to the log, every so many steps. epoch: in steps, if known."""
 
-    def __init__(self, stage: str, log: RunLog, steps: int, say: Say) -> None:
-        self.stage, self.log, self.steps, self.say = stage, log, steps, say
+    def __init__(self, stage: str, log: RunLog, steps: int, say: Say, epoch: int | None = None) -> None:
+        self.stage, self.log, self.steps, self.say, self.epoch = stage, log, steps, say, epoch
         self.has_begun = False
 
     def __call__(self, progress: Progress) -> None:
@@ -171,7 +209,10 @@ class Recorder:
             self._write_validation(progress)
         elif progress.step % self.steps == 0 or progress.step == progress.steps:
             self.say(f"{self.stage}: {line_of(progress)}")
-            self.log.write(self.stage, step=progress.step, losses=dict(progress.losses), **_pace(progress))
+            where: dict[str, float] = {"step": progress.step, "steps": progress.steps}
+            if self.epoch:
+                where["epoch"] = round(progress.step / self.epoch, 2)
+            self.log.write(self.stage, **where, losses=dict(progress.losses), **_pace(progress))
 
     def _write_validation(self, progress: Progress) -> None:
         """A resumed run validates its checkpoint again; the log has it already, unless the kill came in between."""
@@ -200,16 +241,49 @@ class _Stages:
     log: RunLog | None
     say: Say
 
-    def run(self) -> StoredChain | None:
-        teacher, spec = self.teacher()
-        refined = self.refine(teacher, spec)
+    def run(self, until: Stage) -> StoredChain | None:
+        """The chain as `until` leaves it. All processes cluster and train; what comes after, the first does alone."""
+        chain = self.left("cluster", self.cluster)
+        if until != "cluster":
+            start = chain
+            chain = self.left("refine", lambda: self.refine(start))
         if self.log is None:
             return None
-        self.say("calibration and evaluation of every width")
+        if until in ("calibrate", "evaluate"):
+            refined = chain
+            chain = self.left("calibrate", lambda: self.calibrate(refined))
+        return self.evaluate(chain, self.log) if until == "evaluate" else load_chain(self.folder / LEFT[until])
+
+    def left(self, stage: Stage, make: Callable[[], Chain]) -> Chain:
+        """What `stage` left in the folder, else what `make` makes, left there."""
+        path = self.folder / LEFT[stage]
+        if path.exists():
+            return load_chain(path).chain
+        chain = make()
+        if self.team.is_first:
+            save(chain, path)
+        return chain
+
+    def cluster(self) -> Chain:
+        """The teacher as a chain before refinement: its own tensors, and the partitions by which widths are cut."""
+        _, spec, classifier = self.teacher
+        config = self.config.refinement
+        start = clustered(self.refined_teacher, self.ladder, config.mode, config.nested)
+        noted = {} if self.config.teacher.classifier == "own" else {"classifier": classifier}
+        return self.new_chain(start, self.ladder, spec, noted)
+
+    def calibrate(self, chain: Chain) -> Chain:
+        self.say("calibration of every width")
+        images = self.calibration_images(self.config.evaluation.calibration_images)
+        return calibrate(chain, images, self.config.device)
+
+    def evaluate(self, chain: Chain, log: RunLog) -> StoredChain:
+        """The chain with its frontier, and everything that tells of it."""
+        self.say("evaluation of the teacher and of every width")
+        teacher, spec, _ = self.teacher
         ranking = evaluate_model(teacher.model, self.source.query, self.source.gallery, spec)
-        chain = self.new_chain(refined, self.ladder, spec, {"teacher_map": round(ranking.map, 2)})
+        chain = replace(chain, provenance={**chain.provenance, "teacher_map": round(ranking.map, 2)})
         device = self.config.device
-        chain = calibrate(chain, self.calibration_images(self.config.evaluation.calibration_images), device)
         if self.old is not None and self.anchor is not None:
             measured = measure_compatibility(self.old.chain, chain, self.source.query, self.source.gallery)
             chain = joined_space(chain, self.anchor, measured)
@@ -218,13 +292,15 @@ class _Stages:
             chain, self.source.query, self.source.gallery, self.source.name, seed, device=device
         )
         stored = save(replace(chain, frontier=frontier), self.folder / CHAIN)
-        self.log.rewind("frontier", -1)
-        self.log.write("frontier", map={str(measured.width): measured.map for measured in frontier.widths})
-        write_pictures(self.folder, stored.chain, frontier, self.log)
+        log.rewind("frontier", -1)
+        log.write("frontier", map={str(measured.width): measured.map for measured in frontier.widths})
+        write_pictures(self.folder, stored.chain, frontier, log)
         report = {"teacher": {"map": round(ranking.map, 2), "rank1": round(ranking.rank(1), 2)}, **report_of(stored)}
         if (compatibility := compatibility_of(stored.chain)) is not None:
             report["compatible_with"] = dict(compatibility)
         write_whole(self.folder / REPORT, _json(report))
+        for name in LEFT.values():
+            (self.folder / name).unlink(missing_ok=True)
         return stored
 
     @cached_property
@@ -242,20 +318,36 @@ class _Stages:
 
     @property
     def ladder(self) -> tuple[Width, ...]:
-        return self.config.refinement.rungs_to(self.config.teacher.width)
+        return self.config.ladder
 
-    def teacher(self) -> tuple[Trained, InputSpec]:
-        """The teacher, from its file or trained, and what it wants to see."""
-        config = self.config.teacher
-        spec = InputSpec(*self.config.data.size, IMAGENET_MEAN, IMAGENET_STD)
-        if config.source is not None:
-            trained, spec = _taken(config, config.source, self.config.data.size)
-        else:
+    @cached_property
+    def teacher(self) -> tuple[Trained, InputSpec, str]:
+        """The teacher, from its file or trained, what it wants to see, and whose classifier it has: its own, or one of
+        centroids. A run that goes on takes it as it left it."""
+        config, path = self.config.teacher, self.folder / TEACHER
+        if path.exists() and (config.source is None or (self.folder / LEFT["cluster"]).exists()):
+            return load_trained(path), read_exported(path).origin.input, "own"
+        spec, classifier = InputSpec(*self.config.data.size, IMAGENET_MEAN, IMAGENET_STD), "own"
+        if config.source is None:
             trained = self.train_teacher(config, spec)
+        elif config.classifier == "own":
+            exported = _taken(config, config.source, self.config.data.size)
+            trained, spec = load_trained(_file_of(config.source)), exported.origin.input
+        else:
+            exported = _taken(config, config.source, self.config.data.size)
+            spec = exported.origin.input
+            trained, classifier = with_classifier(
+                exported, config.classifier, self.source.train, spec, self.config.device
+            )
         if self.team.is_first:
-            mark = origin("teacher", trained.model, spec, self.config.license)
-            save_trained(trained, mark, self.folder / TEACHER)
-        return trained, spec
+            save_trained(trained, origin("teacher", trained.model, spec, self.config.license), path)
+        return trained, spec, classifier
+
+    @cached_property
+    def refined_teacher(self) -> Trained:
+        """The teacher as it is refined: in mode oskt a ViT has the paper's projection in front."""
+        teacher = self.teacher[0]
+        return projected(teacher) if self.config.refinement.mode == "oskt" else teacher
 
     def train_teacher(self, config: TeacherConfig, input: InputSpec) -> Trained:
         if config.train is None:
@@ -274,14 +366,16 @@ class _Stages:
             input,
             config.train,
             self.config.seed,
-            self.engine("teacher"),
+            self.engine("teacher", epoch_steps(self.source.train, config.train.batch)),
             validate=validate if count else None,
             loss=config.loss,
-            start=None if config.start is None else load_exported(config.start),
+            start=None if config.start is None else _even(read_start(config.start, config.architecture), config.start),
             compatible=self.anchor,
         )
 
-    def refine(self, teacher: Trained, input: InputSpec) -> Refined:
+    def refine(self, start: Chain) -> Chain:
+        """`start` refined; not calibrated yet."""
+        teacher, spec = self.refined_teacher, self.teacher[1]
         config, count = self.config.refinement, self.config.evaluation.validation_identities
         query, gallery = self.validation_images()
         if config.train is None:
@@ -291,31 +385,34 @@ class _Stages:
             """mAP of the chain's two ends, as it would be served now."""
             ends = (self.ladder[0], self.ladder[-1])
             device = self.config.device
-            chain = calibrate(self.new_chain(refined, ends, input, {}), self.calibration_images(BATCH), device)
+            chain = calibrate(self.new_chain(refined, ends, spec, {}), self.calibration_images(BATCH), device)
             students = (load_student(chain, width).to(local_device(device)) for width in ends)
-            rankings = (evaluate_model(student, query, gallery, input) for student in students)
+            rankings = (evaluate_model(student, query, gallery, spec) for student in students)
             return {f"map {name}": r.map for name, r in zip(("narrowest", "full"), rankings, strict=True)}
 
-        return refine(
+        refined = refine(
             teacher,
             self.ladder,
             self.source.train,
-            input,
+            spec,
             config.train,
             self.config.seed,
-            self.engine("refinement"),
+            self.engine("refinement", epoch_steps(self.source.train, config.train.batch)),
             mode=config.mode,
             validate=validate if count else None,
             nested=config.nested,
             oskt_loss=config.loss or PAPER_LOSS,
             compatible=self.anchor,
+            partitions=start.partitions,
         )
+        return replace(self.new_chain(refined, self.ladder, spec, {}), provenance=start.provenance)
 
-    def engine(self, stage: str) -> Run:
+    def engine(self, stage: str, epoch: int) -> Run:
+        """`epoch`: in steps."""
         output = self.config.output
         return Run(
             device=self.config.device,
-            report=None if self.log is None else Recorder(stage, self.log, output.report_steps, self.say),
+            report=None if self.log is None else Recorder(stage, self.log, output.report_steps, self.say, epoch),
             checkpoint=self.folder / f"checkpoint-{stage}.safetensors",
             checkpoint_steps=output.checkpoint_steps,
             validate_steps=output.validate_steps,
@@ -334,7 +431,7 @@ class _Stages:
     ) -> Chain:
         return refined.chain(
             name=self.config.name,
-            architecture=self.config.teacher.architecture,
+            architecture=self.refined_teacher.model.table.name,
             ladder=ladder,
             teacher=self.config.teacher.width,
             input=input,
@@ -346,7 +443,7 @@ class _Stages:
 def embedding_dim(teacher: TeacherConfig) -> int:
     """Length of the teacher's embeddings."""
     table = architecture(teacher.architecture)
-    return table.group_sizes(teacher.width)[table.embedding_group]
+    return table.embedding_dim(teacher.width)
 
 
 def load_chain(path: Path) -> StoredChain:
@@ -363,7 +460,13 @@ def provenance(config: Config, data: str) -> dict[str, Any]:
     for name in ("source", "start"):
         values["teacher"][name] = values["teacher"][name] is not None
     values["data"].pop("root")
-    kept = ("seed", "data", "teacher", "refinement", "evaluation")
+    # Options that came later are left out where they say nothing, so that older runs, done again, give the same bytes.
+    for section, name, nothing in (("teacher", "classifier", "own"), ("data", "name", None)):
+        if values[section][name] == nothing:
+            del values[section][name]
+    if not values["refinement"]["nested"]["arkd_maps_weight"]:
+        del values["refinement"]["nested"]["arkd_maps_weight"]
+    kept = ["seed", "data", "teacher", "refinement", "evaluation", *(["made_from"] if config.made_from else [])]
     return {"made_by": "widthwise refine", "images": data, **{name: values[name] for name in kept}}
 
 
@@ -413,10 +516,16 @@ def report_of(stored: StoredChain) -> dict[str, Any]:
     }
 
 
-def _taken(config: TeacherConfig, source: Path, size: tuple[int, int]) -> tuple[Trained, InputSpec]:
+def _file_of(source: Path) -> Path:
+    """The teacher's file: `source` itself, or in a run directory."""
+    return source / TEACHER if source.is_dir() else source
+
+
+def _taken(config: TeacherConfig, source: Path, size: tuple[int, int]) -> Exported:
     """The teacher in a file, or in a run directory. Raises `ChainMismatch` where the configuration says another."""
-    path = source / TEACHER if source.is_dir() else source
-    trained, mark = load_trained(path), read_exported(path).origin
+    path = _file_of(source)
+    exported = read_exported(path)
+    mark = exported.origin
     there = (mark.architecture, mark.width, (mark.height, mark.image_width))
     here = (config.architecture, str(config.width), size)
     if there != here:
@@ -424,7 +533,18 @@ def _taken(config: TeacherConfig, source: Path, size: tuple[int, int]) -> tuple[
             f"teacher '{path}' is a {there[0]} of width {there[1]} for {there[2][0]} × {there[2][1]} images; "
             f"the configuration says {here[0]}, {here[1]}, {here[2][0]} × {here[2][1]}"
         )
-    return trained, mark.input
+    _even(exported.model, path)
+    return exported
+
+
+def _even(model: ReIDModel, path: Path) -> ReIDModel:
+    """`model`. Raises `ChainMismatch` for one whose layers were pruned unevenly: no ladder leads up to it."""
+    if model.table.groups != architecture(model.table.name).groups:
+        raise ChainMismatch(
+            f"'{path}' is a compressed network whose layers have sizes of their own; a chain is made of a "
+            f"{model.table.name} as its width says"
+        )
+    return model
 
 
 def _json(value: object) -> bytes:

@@ -8,18 +8,18 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import numpy as np
 
 from chains.chain import Chain, Floats, InputSpec, Mode
 from chains.compatible import Anchor
-from chains.cut import Partition
+from chains.cut import Partition, SharedClusters
 from chains.data.images import Images
 from chains.errors import DataError, WidthError
 from chains.losses import PAPER_LOSS, LossRecipe
-from chains.model import numpy_tensors
+from chains.model import ReIDModel, numpy_tensors
 from chains.nested import NestedRecipe, Sandwich
 from chains.oskt import OneShot, cluster
 from chains.train import Run, Trained, TrainRecipe, fit
@@ -79,29 +79,22 @@ def refine(
     nested: NestedRecipe = NestedRecipe(),  # noqa: B008 - frozen
     oskt_loss: LossRecipe = PAPER_LOSS,
     compatible: Anchor | None = None,
+    partitions: Mapping[str, Partition] | None = None,
 ) -> Refined:
     """Refine `teacher` into a chain with `ladder`, narrow to wide. Widths and batches are a function of the seed;
     `teacher` is left as it was.
 
     recipe: `chains.train.paper_recipe(images, "refine")` is the paper's schedule. validate: measures the chain as it is
     so far. nested, oskt_loss: for the mode of that name. compatible: an old embedding space that every width learns to
-    meet; mode nested only, and best with a teacher that was trained into it. Raises `WidthError` when the ladder does
-    not end at the teacher's width or, nested, has no rung between its ends; `DataError` when the teacher's classifier
-    is of other identities than `images`; `ChainMismatch` when the old space does not fit; and what
-    `chains.train.fit` raises.
+    meet; mode nested only, and best with a teacher that was trained into it. partitions: those of `clustered`, where
+    they were made before; None: they are made now. Raises `WidthError` when the ladder does not end at the teacher's
+    width or, nested, has no rung between its ends; `DataError` when the teacher's classifier is of other identities
+    than `images`; `ChainMismatch` when the old space does not fit; and what `chains.train.fit` raises.
     """
     _require_same_identities(teacher, images)
-    tensors = numpy_tensors(teacher.model)
-    objective: Sandwich | OneShot
-    if mode == "nested":
-        trees = grow_trees(teacher.model.table, tensors)
-        objective = Sandwich(teacher, trees, ladder, nested, seed, compatible)
-    elif compatible is not None:
-        raise DataError(f"mode 'oskt' is the paper's and knows no old space ('{compatible.chain}'); refine in 'nested'")
-    else:
-        _require_ladder(ladder, teacher.model.width)
-        clusters = cluster(teacher.model.table, tensors, ladder[0])
-        objective = OneShot(teacher, clusters, ladder[0], seed, oskt_loss)
+    if partitions is None:
+        partitions = partitions_of(teacher.model, ladder, mode, nested)
+    objective = _objective(teacher, partitions, ladder, seed, mode, nested, oskt_loss, compatible)
 
     def refined() -> Refined:
         own_norms = objective.own_norms() if isinstance(objective, Sandwich) else {}
@@ -109,6 +102,45 @@ def refine(
 
     fit(objective, images, input, recipe, seed, run, validate and (lambda: validate(refined())))
     return refined()
+
+
+def clustered(teacher: Trained, ladder: tuple[Width, ...], mode: Mode, nested: NestedRecipe) -> Refined:
+    """What refinement of `teacher` starts from: its tensors, and the partition of every channel group. A function of
+    the teacher alone. Raises as `refine` does for a ladder it cannot climb."""
+    partitions = partitions_of(teacher.model, ladder, mode, nested)
+    start = _objective(teacher, partitions, ladder, 0, mode, replace(nested, own_norms=False), PAPER_LOSS, None)
+    return Refined(mode, start.tensors(), start.partitions)
+
+
+def partitions_of(
+    teacher: ReIDModel, ladder: tuple[Width, ...], mode: Mode, nested: NestedRecipe
+) -> Mapping[str, Partition]:
+    """The partition of every channel group of `teacher`, by which all widths of `ladder` are cut."""
+    tensors = numpy_tensors(teacher)
+    if mode == "nested":
+        return grow_trees(teacher.table, tensors, nested.merged_share)
+    _require_ladder(ladder, teacher.width)
+    return cluster(teacher.table, tensors, ladder[0])
+
+
+def _objective(
+    teacher: Trained,
+    partitions: Mapping[str, Partition],
+    ladder: tuple[Width, ...],
+    seed: int,
+    mode: Mode,
+    nested: NestedRecipe,
+    oskt_loss: LossRecipe,
+    compatible: Anchor | None,
+) -> Sandwich | OneShot:
+    """What is trained. Raises as `refine`."""
+    if mode == "nested":
+        return Sandwich(teacher, partitions, ladder, nested, seed, compatible)
+    if compatible is not None:
+        raise DataError(f"mode 'oskt' is the paper's and knows no old space ('{compatible.chain}'); refine in 'nested'")
+    _require_ladder(ladder, teacher.model.width)
+    clusters = {group: each for group, each in partitions.items() if isinstance(each, SharedClusters)}
+    return OneShot(teacher, clusters, ladder[0], seed, oskt_loss)
 
 
 def fingerprint(tensors: Mapping[str, Floats]) -> str:

@@ -1,9 +1,9 @@
 """The log of a run: one JSON object per line in `metrics.jsonl`, and the same numbers as TensorBoard scalars.
 
-An event has a `stage` ("teacher", "refinement", …), mostly a `step`, and numbers, alone (`lr`, `eta_s`) or in a group
-(`losses`, `validation`). The JSON lines are the truth and TensorBoard's file is made from them. A run that goes on from
-a checkpoint first takes back what was logged after it, so no step stands twice; a line that a kill cut in half is
-dropped. The log names no path, host or user.
+An event has a `stage` ("teacher", "refinement", …), mostly a `step` (of how many `steps`), and numbers, alone (`lr`,
+`eta_s`, `epoch`) or in a group (`losses`, `validation`). The JSON lines are the truth and TensorBoard's file is made
+from them. A run that goes on from a checkpoint first takes back what was logged after it, so no step stands twice; a
+line that a kill cut in half is dropped. The log names no path, host or user.
 """
 
 from __future__ import annotations
@@ -104,7 +104,7 @@ def scalars(event: Mapping[str, Any]) -> Iterator[tuple[str, float]]:
     [('teacher/lr', 0.1), ('teacher/losses/loss', 2.0)]
     """
     for name, value in event.items():
-        if name in {"stage", "step", TIME}:
+        if name in {"stage", "step", "steps", TIME}:
             continue
         group = value if isinstance(value, dict) else {"": value}
         for inner, number in group.items():

@@ -1,7 +1,7 @@
 """Where images come from: a data set on disk or the renderer of synthetic people, by a configuration or by one word.
 
 On the command line a source is written `synthetic`, `synthetic:station`, a path (its layout is found out), `kind:path`
-such as `msmt17:/data/MSMT17`, or a run's TOML file, whose [data] it then is.
+such as `msmt17:/data/MSMT17`, or a TOML file, whose [data] it then is: a run's, or one with nothing else in it.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from typing import Any
 
 import numpy as np
 
-from chains.config import SYNTHETIC, DataConfig, read_config
+from chains.config import SYNTHETIC, DataConfig, read_data
 from chains.data.images import Images
 from chains.data.readers import KINDS, DataSet, ReadOptions, detect, read
 from chains.data.synthetic import STATION, PeopleSettings, gallery_images, query_images, train_images
@@ -59,7 +59,7 @@ def parse_source(text: str) -> DataConfig:
     if has_kind:
         return DataConfig(kind=kind, root=Path(path))
     if text.endswith(".toml"):
-        return read_config(Path(text)).data
+        return read_data(Path(text))
     return DataConfig(kind=detect(Path(text)).kind, root=Path(text))
 
 
@@ -71,9 +71,11 @@ def sized(config: DataConfig, height: int, width: int) -> DataConfig:
 def open_source(config: DataConfig) -> Source:
     """The images of `config`; files are listed, pixels are not touched yet. Raises `DataError`."""
     if config.is_synthetic:
-        return _synthetic(config)
-    dataset = read_dataset(config)
-    return Source(dataset.name, lambda split: getattr(dataset, split), dataset.notes)
+        source = _synthetic(config)
+    else:
+        dataset = read_dataset(config)
+        source = Source(dataset.name, lambda split: getattr(dataset, split), dataset.notes)
+    return source if config.name is None else replace(source, name=config.name)
 
 
 def read_dataset(config: DataConfig) -> DataSet:

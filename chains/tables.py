@@ -21,6 +21,16 @@ def text_table(rows: Rows) -> str:
     return "\n".join([lines[0], "-" * len(lines[0]), *lines[1:]])
 
 
+def printable(text: str) -> str:
+    r"""`text` with whatever moves a terminal's cursor, changes its colours or turns the direction of writing spelt out:
+    names in somebody else's file may be anything, new lines among it.
+
+    >>> print(printable("conv\x1b[31m1 ×2"))
+    conv\x1b[31m1 ×2
+    """
+    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
+
+
 def report_text(report: Mapping[str, Any]) -> str:
     """A whole report: frontier, cross-width matrix, cut-offs."""
     names = [row["width"] for row in report["widths"]]

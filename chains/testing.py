@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
 
 import numpy as np
 
-from chains.arch import Architecture, architecture
+from chains.arch import Architecture
+from chains.architectures import architecture, architecture_names
+from chains.architectures.vit import VITS
 from chains.chain import (
     AFFINE,
     FALSE_ACCEPT_RATES,
@@ -20,7 +23,7 @@ from chains.chain import (
     Thresholds,
     WidthAccuracy,
 )
-from chains.cut import Partition
+from chains.cut import NestedTree, Partition
 from chains.tree import group_rows, grow_trees, in_leaf_order, shared_clusters
 from chains.width import Width, even_ladder
 
@@ -44,14 +47,28 @@ def random_tensors(table: Architecture, width: Width, seed: int = 0) -> dict[str
 def random_statistics(table: Architecture, width: Width, seed: int = 0) -> dict[str, Floats]:
     """Means near zero and variances near one for every norm at `width`."""
     generator = np.random.default_rng([seed, width.stem])
-    sizes = table.group_sizes(width)
     statistics: dict[str, Floats] = {}
-    for norm, group in table.norms.items():
-        mean, variance = generator.standard_normal((2, sizes[group]), dtype=np.float32) * np.float32(0.1)
+    for norm, size in table.statistic_sizes(width).items():
+        mean, variance = generator.standard_normal((2, size), dtype=np.float32) * np.float32(0.1)
         statistics |= {
             f"{norm}.{kind}": values for kind, values in zip(STATISTICS, (mean, 1 + variance**2), strict=True)
         }
     return statistics
+
+
+@dataclass(frozen=True)
+class Pico:
+    """Toy widths of an architecture: stems, narrow to wide, the last one the teacher's."""
+
+    stems: tuple[int, ...] = (2, 4, 6, 8)
+
+
+PICO: Mapping[str, Pico] = {name: Pico() for name in architecture_names()} | {
+    **dict.fromkeys(VITS, Pico((12, 24, 36, 48))),
+    "mobilenetv2": Pico((8, 12, 16, 24)),
+    "msinet": Pico((8, 12, 16, 32)),  # stems at which parts of one size exist, and one more
+    **dict.fromkeys(("osnet", "osnet_ibn", "osnet_ain"), Pico((4, 8, 12, 24))),  # gates of 1 to 3 inside
+}
 
 
 def pico_chain(
@@ -65,20 +82,77 @@ def pico_chain(
     width: int = 32,
     seed: int = 0,
     name: str = "pico",
+    merged_share: float = 1,
 ) -> Chain:
-    """A calibrated chain of random weights with a made-up frontier: everything but accuracy is real."""
+    """A calibrated chain of random weights with a made-up frontier: everything but accuracy is real. merged_share:
+    as in `grow_trees`."""
     table = architecture(architecture_name)
-    full = Width(stem)
-    ladder = even_ladder(Width(narrowest), full, rungs, alignment=1)
+    full = Width(stem, table.multipliers)
+    ladder = even_ladder(Width(narrowest, table.multipliers), full, rungs, alignment=1)
+    return chain_of_random_weights(
+        table, ladder, mode=mode, height=height, width=width, seed=seed, name=name, merged_share=merged_share
+    )
+
+
+def contract_chain(architecture_name: str, mode: Mode = "nested", merged_share: float = 1, seed: int = 0) -> Chain:
+    """The chain of random weights on which the contract suite tests an architecture: its toy widths of `PICO`, images
+    of 64×32 or of the size it is made for."""
+    table = architecture(architecture_name)
+    height, width = table.input_size or (64, 32)
+    ladder = tuple(Width(stem, table.multipliers) for stem in PICO[architecture_name].stems)
+    return chain_of_random_weights(
+        table, ladder, mode=mode, height=height, width=width, seed=seed, name="pico", merged_share=merged_share
+    )
+
+
+def unclustered_chain(table: Architecture, ladder: tuple[Width, ...], input: InputSpec, seed: int = 0) -> Chain:
+    """A chain of random weights at any real width, in trees that nobody clustered, which would take long: `even_tree`.
+    The last of `ladder` is the teacher's width."""
+    full = ladder[-1]
+    return Chain(
+        name="random",
+        architecture=table.name,
+        mode="nested",
+        teacher=full,
+        ladder=ladder,
+        input=input,
+        embedding_space=f"random-{seed}",
+        license="Apache-2.0",
+        tensors=random_tensors(table, full, seed),
+        partitions={group: even_tree(size) for group, size in table.group_sizes(full).items()},
+        statistics={width: random_statistics(table, width, seed) for width in ladder},
+    )
+
+
+def even_tree(size: int) -> NestedTree:
+    """A tree whose cuts at size / 2, size / 4, … have parts of one size, as far as that goes: the boundary that the
+    highest power of two divides appears first."""
+    boundaries = sorted(range(1, size), key=lambda boundary: -(boundary & -boundary))
+    return NestedTree(np.arange(size), np.array(boundaries, dtype=np.int64))
+
+
+def chain_of_random_weights(
+    table: Architecture,
+    ladder: tuple[Width, ...],
+    *,
+    mode: Mode,
+    height: int,
+    width: int,
+    seed: int,
+    name: str,
+    merged_share: float,
+) -> Chain:
+    """See `pico_chain`. The last of `ladder` is the teacher's width."""
+    full = ladder[-1]
     tensors = random_tensors(table, full, seed)
-    partitions: dict[str, Partition] = dict(grow_trees(table, tensors))
+    partitions: dict[str, Partition] = dict(grow_trees(table, tensors, merged_share))
     if mode == "oskt":
         tensors, partitions = _shared(table, tensors, table.group_sizes(ladder[0]))
     else:
         tensors = in_leaf_order(table, tensors, {group: tree.order for group, tree in partitions.items()})
     return Chain(
         name=name,
-        architecture=architecture_name,
+        architecture=table.name,
         mode=mode,
         teacher=full,
         ladder=ladder,
@@ -98,8 +172,8 @@ def with_own_norms(chain: Chain, seed: int = 0) -> Chain:
     generator = np.random.default_rng(seed)
     own = {
         rung: {
-            f"{norm}.{kind}": generator.uniform(0.5, 1.5, chain.table.group_sizes(rung)[group]).astype(np.float32)
-            for norm, group in chain.table.norms.items()
+            f"{norm}.{kind}": generator.uniform(0.5, 1.5, size).astype(np.float32)
+            for norm, size in chain.table.norm_sizes(rung).items()
             for kind in AFFINE
         }
         for rung in chain.ladder[:2]
@@ -136,12 +210,11 @@ def _shared(
     table: Architecture, tensors: dict[str, Floats], sizes: dict[str, int]
 ) -> tuple[dict[str, Floats], dict[str, Partition]]:
     """The paper's chain of `tensors`: cluster means as rows, everything else at teacher resolution."""
-    clusters = {g: shared_clusters(group_rows(tensors, table.writers(g)), sizes[g]) for g in table.groups}
+    clusters = {g: shared_clusters(group_rows(table, tensors, g), sizes[g]) for g in table.groups}
     ordered = in_leaf_order(table, tensors, {group: cluster.order for group, cluster in clusters.items()})
     for name, axes in table.axes.items():
         if ordered[name].ndim > 1:
-            starts = np.concatenate(([0], np.cumsum(clusters[axes.rows].sizes)[:-1]))
-            sums = np.add.reduceat(ordered[name], starts, axis=0)
-            counts = clusters[axes.rows].sizes.reshape(-1, 1, 1, 1)
-            ordered[name] = (sums / counts).astype(np.float32)
+            counts = np.concatenate([clusters[group].sizes for group in axes.rows])
+            sums = np.add.reduceat(ordered[name], np.concatenate(([0], np.cumsum(counts)[:-1])), axis=0)
+            ordered[name] = (sums / counts.reshape(-1, *(1,) * (sums.ndim - 1))).astype(np.float32)
     return ordered, dict(clusters)

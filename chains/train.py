@@ -232,6 +232,7 @@ class Objective(nn.Module, ABC):
     """
 
     precision: Precision = "float32"
+    descent: float = 1.0  # see `by_descent`
 
     @abstractmethod
     def forward(self, pixels: Tensor, labels: Tensor, step: int) -> dict[str, Tensor]:
@@ -253,8 +254,17 @@ class Objective(nn.Module, ABC):
         half = HALVES.get(self.precision)
         return torch.autocast(device.type, dtype=half, enabled=half is not None)
 
+    def by_descent(self) -> list[nn.Parameter]:
+        """Parameters that plain SGD moves, at `descent` times the schedule's rate: those whose steps shall be as long
+        as their gradients are, which Adam would even out."""
+        return []
+
+    def after_step(self, rate: float) -> None:
+        """Called after every step that moved the parameters, in every process, where it must do the same; `rate`: the
+        schedule's, of that step. For what is no descent, such as a proximal step on some of `by_descent`."""
+
     def centers(self) -> list[nn.Parameter]:
-        """The centers of every center loss; the engine moves them by SGD, all else by Adam."""
+        """The centers of every center loss; the engine moves them by SGD."""
         losses = (module for module in self.modules() if isinstance(module, ReIDLoss))
         return [loss.centers for loss in losses if loss.centers is not None]
 
@@ -345,7 +355,8 @@ class _Trainer:
         self.objective, self.recipe, self.team, self.device = objective, recipe, team, device
         objective.precision = recipe.precision
         centers = objective.centers()
-        others = {id(center) for center in centers}
+        descending = objective.by_descent()
+        others = {id(parameter) for parameter in (*centers, *descending)}
         self.names = {id(parameter): name for name, parameter in objective.named_parameters()}
         self.parameters = [p for p in objective.parameters() if p.requires_grad and id(p) not in others]
         self.adam = torch.optim.Adam(self.parameters, lr=recipe.lr, weight_decay=recipe.weight_decay, fused=True)
@@ -353,6 +364,9 @@ class _Trainer:
         self.optimisers: list[torch.optim.Optimizer] = [self.adam]
         if centers:
             self.optimisers.append(torch.optim.SGD(_center_groups(objective)))
+        self.clipped = [*self.parameters, *descending]
+        self.descent = torch.optim.SGD(descending, lr=recipe.lr) if descending else None
+        self.optimisers += [] if self.descent is None else [self.descent]
         self.scaler = torch.amp.GradScaler(device.type, enabled=recipe.precision == "float16")
         self.statistics = _RunningStatistics(objective, recipe.micro_batches, team)
         self.skipped = 0
@@ -363,8 +377,11 @@ class _Trainer:
 
     def step(self, step: int, micro_batches: Iterator[tuple[Tensor, Tensor]], count: int) -> dict[str, float]:
         """One step on this process's `count` micro-batches. Returns the mean losses over those of all processes."""
+        rate = self.recipe.rate(step)
         for group in self.adam.param_groups:
-            group["lr"] = self.recipe.rate(step)
+            group["lr"] = rate
+        for group in [] if self.descent is None else self.descent.param_groups:
+            group["lr"] = self.objective.descent * rate
         for optimiser in self.optimisers:
             optimiser.zero_grad(set_to_none=True)
         self.statistics.begin()
@@ -380,9 +397,9 @@ class _Trainer:
             parameter.grad = None
         for optimiser in self.optimisers:
             self.scaler.unscale_(optimiser)
-        norm = nn.utils.get_total_norm([p.grad for p in self.parameters if p.grad is not None])
+        norm = nn.utils.get_total_norm([p.grad for p in self.clipped if p.grad is not None])
         if self.recipe.clip_norm is not None:
-            nn.utils.clip_grads_with_norm_(self.parameters, self.recipe.clip_norm, norm)
+            nn.utils.clip_grads_with_norm_(self.clipped, self.recipe.clip_norm, norm)
         means = self.team.add(torch.stack(tuple(sums.values())).float()) / self.recipe.micro_batches
         # The step's one wait for a GPU.
         *values, gradient_norm = torch.cat([means, norm.detach().float()[None]]).tolist()
@@ -398,6 +415,7 @@ class _Trainer:
         if broken is None:
             for optimiser in self.optimisers:
                 optimiser.step()
+            self.objective.after_step(self.recipe.rate(step))
         elif not self.scaler.is_enabled() or self.skipped > MAX_SKIPPED:
             raise DataError(
                 f"step {step + 1} of {self.recipe.steps}: {broken} is {values[broken]}. The step changed nothing, and "
@@ -630,9 +648,7 @@ def train_alone(
     torch.manual_seed(seed)
     model = ReIDModel(architecture_name, width)
     if start is not None:
-        _require_like(start, model)
-        model = copy.deepcopy(start).requires_grad_(True)
-        model.neck.bias.requires_grad_(False)
+        model = begun_with(start, model)
     classifier = new_classifier(images, model.backbone.channels)
     generator = torch.Generator().manual_seed(seed)
     reid = ReIDLoss(len(classifier), model.backbone.channels, loss, generator)
@@ -647,9 +663,14 @@ def new_classifier(images: Images, embedding_dim: int, generator: torch.Generato
     return nn.Parameter(torch.randn(identities, embedding_dim, generator=generator) * 1e-3)
 
 
-def _require_like(start: ReIDModel, model: ReIDModel) -> None:
+def begun_with(start: ReIDModel, model: ReIDModel) -> ReIDModel:
+    """A copy of `start` to be trained in the place of `model`. Raises `WidthError` where it is of another architecture
+    or width."""
     if (start.table.name, start.width) != (model.table.name, model.width):
         raise WidthError(
             f"the start is a {start.table.name} of width {start.width}; "
             f"a {model.table.name} of width {model.width} was to be trained"
         )
+    model = copy.deepcopy(start).requires_grad_(True)
+    model.neck.bias.requires_grad_(False)
+    return model

@@ -142,10 +142,10 @@ def strongest(teacher: Trained, width: Width) -> dict[str, NDArray[np.int64]]:
     for name, axes in table.axes.items():
         squares = state[module_name(name)].double().numpy() ** 2
         if not name.endswith(".bias"):
-            shares[axes.rows].append(squares.reshape(len(squares), -1).sum(axis=1))
+            shares[axes.rows[0]].append(squares.reshape(len(squares), -1).sum(axis=1))
         if axes.columns is not None:
-            shares[axes.columns].append(squares.sum(axis=(0, 2, 3)))
-    shares[table.embedding_group].append((teacher.classifier.double().numpy() ** 2).sum(axis=0))
+            shares[axes.columns[0]].append(squares.sum(axis=(0, 2, 3)))
+    shares[table.embedding_channels[0]].append((teacher.classifier.double().numpy() ** 2).sum(axis=0))
     sizes = table.group_sizes(width)
     return {group: np.sort(np.argsort(np.mean(parts, axis=0))[-sizes[group] :]) for group, parts in shares.items()}
 

@@ -1,13 +1,17 @@
 """The comparison's own arithmetic, and the baseline it brings along: slices."""
 
+from pathlib import Path
+
 import numpy as np
 import pytest
 import torch
 
 from benchmarks import compare
 from benchmarks.compare import LADDER, NARROW, Site, means, refine_steps, step_macs
-from benchmarks.slices import SliceSandwich
+from benchmarks.setup import update_table
+from benchmarks.slices import PartialSandwich, leading_trees
 from chains.nested import NestedRecipe
+from chains.train import Trained
 from tests.chains.toys import LADDER as TOY_LADDER
 from tests.chains.toys import a_teacher
 
@@ -15,9 +19,13 @@ SITE = Site("default")
 IMAGES = torch.randn(8, 3, 32, 16, generator=torch.Generator().manual_seed(0))
 
 
+def slices_of(teacher: Trained) -> PartialSandwich:
+    return PartialSandwich(teacher, leading_trees(teacher, 0, 0), TOY_LADDER, NestedRecipe(own_norms=False), 0)
+
+
 def test_slices_keep_the_first_channels_by_importance_and_the_whole_slice_is_the_teacher() -> None:
     teacher = a_teacher()
-    sandwich = SliceSandwich(teacher, TOY_LADDER, NestedRecipe(own_norms=False), 0)
+    sandwich = slices_of(teacher)
     tensors = teacher.model.tensors()
     writers = ("conv1.weight", "layer1.0.conv2.weight", "layer1.1.conv2.weight")  # of the stem's residual stream
     norms = torch.stack([tensors[name].detach().abs().flatten(1).sum(dim=1) for name in writers]).sum(dim=0)
@@ -29,7 +37,7 @@ def test_slices_keep_the_first_channels_by_importance_and_the_whole_slice_is_the
 
 
 def test_a_slice_lifts_into_the_first_coordinates() -> None:
-    sandwich = SliceSandwich(a_teacher(), TOY_LADDER, NestedRecipe(own_norms=False), 0)
+    sandwich = slices_of(a_teacher())
     student = sandwich.run(TOY_LADDER[0], IMAGES)
     width = student.embedding.shape[1]
     assert torch.equal(student.lifted[:, :width], student.embedding)
@@ -60,6 +68,16 @@ def test_means_are_over_seeds_and_their_interval_over_queries() -> None:
     (mean,) = means([row(0, [0.2, 0.6]), row(1, [0.4, 0.8])])
     assert (mean["seeds"], mean["map"]) == (2, 50.0)
     assert (mean["map_low"], mean["map_high"]) == (30.0, 70.0)  # both queries the worse one, both the better one
+
+
+def test_a_table_keeps_rows_of_other_tasks_and_takes_better_ones(tmp_path: Path) -> None:
+    table = tmp_path / "table.csv"
+    update_table(table, [{"method": "a", "seeds": 3, "map": 1}, {"method": "b", "seeds": 3, "map": 2}], ("method",))
+    news = [{"method": "b", "seeds": 1, "map": 5}, {"method": "c", "seeds": 1, "map": 3}]
+    update_table(table, news, ("method",), compare._is_over_as_many_seeds)
+    assert table.read_text().splitlines() == ["method,seeds,map", "a,3,1", "b,3,2", "c,1,3"]
+    update_table(table, news, ("method",))
+    assert table.read_text().splitlines() == ["method,seeds,map", "a,3,1", "b,1,5", "c,1,3"]
 
 
 def test_no_task_is_named_like_another() -> None:

@@ -22,7 +22,7 @@ from hypothesis import strategies as st
 
 from chains.artifact import METADATA_KEY, canonical_json, dump, load, save
 from chains.chain import FALSE_ACCEPT_RATES, Chain, InputSpec, Threshold, Thresholds
-from chains.cut import SharedClusters
+from chains.cut import NestedTree, SharedClusters
 from chains.errors import ChainFileError, ChainMismatch, CutError
 from chains.expand import student
 from chains.model import load_student
@@ -209,7 +209,7 @@ ABUSES: dict[str, tuple[bytes, str]] = {
         "one metadata key",
     ),
     "a second metadata key": (with_tensors(lambda h: h["__metadata__"].update(more="x")), "one metadata key"),
-    "a future version": (with_header(lambda h: h.update(format_version=3)), "format version 3 is not one .* 1 to 2"),
+    "a future version": (with_header(lambda h: h.update(format_version=5)), "format version 5 is not one .* 1 to 4"),
     "a version that is a truth": (with_header(lambda h: h.update(format_version=True)), "format version True"),
     "a version with a fraction": (with_header(lambda h: h.update(format_version=2.5)), "format version 2.5"),
     "a version that is a list": (with_header(lambda h: h.update(format_version=[2])), "format version"),
@@ -456,6 +456,23 @@ def test_checking_a_ladder_makes_no_cuts(monkeypatch: pytest.MonkeyPatch) -> Non
     assert replace(chain, name="again").ladder == chain.ladder
     with pytest.raises(CutError, match="width 1x2-4-8: group 'stem' has no cut below 2"):
         replace(chain, ladder=(Width(1), *chain.ladder))
+
+
+def test_trees_over_some_channels_are_written_as_version_3_and_come_back() -> None:
+    chain = pico_chain(merged_share=0.5)
+    data = dump(chain)
+    assert json.loads(split(data)[0]["__metadata__"][METADATA_KEY])["format_version"] == 3
+    found = load(data).chain
+    assert dump(found) == data
+    assert [found.partitions[group].leaves for group in ("stem", "layer3", "layer4.0.a", "layer4")] == [4, 16, 32, 64]
+    with pytest.raises(ChainFileError, match="version 2; what it holds is written in 3"):
+        load(with_header(lambda h: h.update(format_version=2), data))
+
+
+def test_an_embedding_whose_tree_leaves_channels_out_is_refused() -> None:
+    partial = NestedTree(np.arange(32), np.arange(1, 16))
+    with pytest.raises(ChainMismatch, match="'layer4' covers 16 of 32"):
+        replace(CHAIN, partitions={**CHAIN.partitions, "layer4": partial})
 
 
 def test_canonical_json_knows_no_order_and_no_nan() -> None:

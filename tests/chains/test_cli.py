@@ -16,18 +16,18 @@ import numpy as np
 import pytest
 import torch
 
-from app.cli import main
 from chains.artifact import load, save
 from chains.config import read_config
 from chains.data.images import ImageSet
 from chains.data.synthetic import PeopleSettings, write_market1501
+from chains.describe import describe
 from chains.errors import DataError
 from chains.export import load_trained, read_exported
 from chains.pipeline import require_answers, run_refinement
 from chains.refine import fingerprint
 from chains.runlog import read_events
 from chains.sources import Source
-from chains.testing import pico_chain
+from chains.testing import contract_chain, pico_chain
 
 ROOT = Path(__file__).parents[2]
 TOY = """
@@ -75,29 +75,6 @@ FILES = {
     *("checkpoint-teacher.safetensors", "checkpoint-refinement.safetensors", "tensorboard"),
     *("frontier.png", "cross_width.png", "curves.png"),
 }
-
-
-class Done:
-    """How a command ended: status, and what it printed."""
-
-    def __init__(self, status: int, out: str, err: str) -> None:
-        self.status, self.out, self.err = status, out, err
-
-
-@pytest.fixture
-def widthwise(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]):  # type: ignore[no-untyped-def]
-    """Run a command line in this process."""
-
-    def run(*arguments: object) -> Done:
-        capsys.readouterr()
-        monkeypatch.setattr(sys, "argv", ["widthwise", *map(str, arguments)])
-        with pytest.raises(SystemExit) as ended:
-            main()
-        code = ended.value.code
-        printed = capsys.readouterr()
-        return Done(code if isinstance(code, int) else int(code is not None), printed.out, printed.err)
-
-    return run
 
 
 @pytest.fixture(scope="module")
@@ -226,6 +203,22 @@ def test_the_paper_s_mode_runs_too(tmp_path: Path, widthwise) -> None:
     assert load(tmp_path / "run" / "chain.safetensors").chain.mode == "oskt"
 
 
+@pytest.mark.parametrize(("mode", "architecture"), [("nested", "vit_tiny"), ("oskt", "vit_tiny_dw")])
+def test_a_vit_is_refined_by_the_same_words(tmp_path: Path, widthwise, mode: str, architecture: str) -> None:
+    """In the paper's mode it has the paper's projection, also where the run goes on from its own files."""
+    vit = TOY.replace("height = 32\nwidth = 16", "height = 64\nwidth = 32")
+    vit = vit.replace('"resnet18"\nwidth = "4"', '"vit_tiny"\nwidth = "96"')
+    (tmp_path / "vit.toml").write_text(vit.replace('narrowest = "2"', f'mode = "{mode}"\nnarrowest = "24"'))
+    done = widthwise("refine", tmp_path / "vit.toml", "--out", tmp_path / "run", "--steps", 3)
+    assert done.status == 0, done.err
+    chain = load(tmp_path / "run" / "chain.safetensors").chain
+    assert (chain.mode, chain.architecture, str(chain.ladder[0])) == (mode, architecture, "w24")
+    assert read_exported(tmp_path / "run" / "teacher.safetensors").origin.architecture == "vit_tiny"
+    again = widthwise("refine", tmp_path / "vit.toml", "--out", tmp_path / "run", "--steps", 3, "--resume")
+    assert again.status == 0, again.err
+    assert load(tmp_path / "run" / "chain.safetensors").chain.embedding_space == chain.embedding_space
+
+
 def test_a_new_chain_is_trained_to_be_compatible_with_an_old_one(toy: Path, tmp_path: Path, widthwise) -> None:
     old, options = toy / "run" / "chain.safetensors", ("--seed", 5, "--steps", 3)
     done = widthwise("refine", toy / "toy.toml", "--out", tmp_path / "run", *options, "--compatible-with", old)
@@ -336,6 +329,33 @@ def test_export_to_safetensors_gives_a_network_to_train_on(toy: Path, tmp_path: 
     again = widthwise("export", chain, "--width", "2", "--format", "safetensors", "--out", out)
     assert again.status == 2
     assert "exists already" in again.err
+
+
+@pytest.mark.parametrize(
+    ("name", "written", "width"),
+    [
+        ("osnet", "8", "8x4-6-8"),
+        ("vit_tiny", "24", "w24"),
+        ("vit_tiny", "w24", "w24"),
+        ("resnet18", "4", "4x2-4-8"),
+    ],
+)
+def test_a_lone_number_is_a_width_of_the_chain_s_family(
+    tmp_path: Path, widthwise, name: str, written: str, width: str
+) -> None:
+    chain = contract_chain(name)
+    save(chain, tmp_path / "chain.safetensors")
+    done = widthwise("export", tmp_path / "chain.safetensors", "--width", written, "--out", tmp_path / "model.onnx")
+    assert done.status == 0, done.err
+    assert f"{chain.name} at {width}" in done.out
+    assert describe(tmp_path / "model.onnx")["metadata"]["widthwise.width"] == width
+
+
+def test_a_width_of_another_family_is_refused_with_an_example(tmp_path: Path, widthwise) -> None:
+    save(contract_chain("vit_tiny"), tmp_path / "chain.safetensors")
+    done = widthwise("export", tmp_path / "chain.safetensors", "--width", "4x2-4-8", "--out", tmp_path / "model.onnx")
+    assert (done.status, done.err.count("\n")) == (2, 1)
+    assert "4x2-4-8 is no width of vit_tiny; write it as in 'w16'" in done.err
 
 
 def test_finetune_trains_one_width_and_can_go_on(toy: Path, tmp_path: Path, widthwise) -> None:

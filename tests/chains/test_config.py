@@ -7,13 +7,14 @@ from typing import Any
 
 import pytest
 
+from chains.architectures import architecture, architecture_names
 from chains.config import Config, differences, dumps, overridden, parse_config, read_config
 from chains.data.synthetic import PeopleSettings, train_images
 from chains.errors import DataError
 from chains.losses import PAPER_LOSS
 from chains.pipeline import resolve
 from chains.train import paper_recipe
-from chains.width import Width, even_ladder
+from chains.width import Width, default_narrowest, even_ladder
 
 MINIMAL: dict[str, Any] = {
     "name": "toy",
@@ -23,6 +24,10 @@ MINIMAL: dict[str, Any] = {
     "refinement": {"narrowest": 4, "rungs": 5, "train": {"steps": 30, "batch": {"identities": 8}}},
 }
 PEOPLE = train_images(replace(PeopleSettings(), train_identities=20, height=16, width=8))
+
+
+def narrowest(stem: object) -> dict[str, Any]:
+    return {"refinement": {"narrowest": stem, "train": {"steps": 3}}}
 
 
 def a_config(**sections: Any) -> Config:
@@ -46,7 +51,30 @@ def test_recipes_are_the_engine_s_own() -> None:
         ({"data": {"kind": "synthetic", "root": "x"}}, "data: root is the folder or CSV file"),
         ({"data": {"kind": "folder", "root": "x", "people": {"cameras": 3}}}, "people are settings of the synthetic"),
         ({"teacher": {"train": {"steps": 3}, "width": "wide"}}, "teacher.width: 'wide' is no width"),
-        ({"teacher": {"architecture": "vgg", "train": {"steps": 3}}}, "architecture: 'vgg' is none of resnet18"),
+        (
+            {"teacher": {"architecture": "vgg", "train": {"steps": 3}}},
+            "architecture: no architecture 'vgg'; there are: resnet18",
+        ),
+        ({"teacher": {"width": "w16", "train": {"steps": 3}}}, "teacher.width: w16 is no width of resnet50"),
+        (
+            {"teacher": {"architecture": "vit_tiny", "width": 50, "train": {"steps": 3}}},
+            "teacher.width: width w50 .* must be a multiple of 3",
+        ),
+        (
+            {"teacher": {"architecture": "vit_tiny", "width": 48, "train": {"steps": 3}}},
+            "vit_tiny is for images of 64 × 32 .* these are 128 × 64; set data.height = 64 and data.width = 32",
+        ),
+        (
+            {"teacher": {"architecture": "resnet18_ibn_a", "width": 16, "train": {"steps": 3}}, **narrowest(5)},
+            "multiples of 2, and 5 is none; the nearest is 4x2-4-8",
+        ),
+        (
+            {
+                "teacher": {"architecture": "vit_tiny@128x64", "width": 48, "train": {"steps": 3}},
+                "refinement": {"mode": "oskt", "ladder": [12, 48], "train": {"steps": 3}},
+            },
+            "makes vit_tiny@128x64 vit_tiny_dw@128x64, whose tokens have 96 channels; a teacher of w48 is none",
+        ),
         ({"teacher": {}}, "teacher: give one of source, preset and train"),
         ({"teacher": {"source": "x", "start": "y"}}, "start is for a teacher that is trained"),
         ({"teacher": {"train": {"step": 3}}}, "teacher.train.steps"),
@@ -129,6 +157,54 @@ def test_a_resolved_configuration_stands_for_itself() -> None:
     assert (resolved.data.height, resolved.data.width) == (128, 64)
     again = parse_config(tomllib.loads(dumps(resolved, Path())), "again.toml", Path())
     assert resolve(again, PEOPLE) == resolved
+
+
+@pytest.mark.parametrize(
+    ("name", "written", "width"),
+    [
+        ("osnet", "64", Width(64, (4, 6, 8))),
+        ("osnet", 16, Width(16, (4, 6, 8))),
+        ("osnet", "16x2-4-8", Width(16)),
+        ("mobilenetv2", "32", Width(32, ())),
+        ("vit_tiny", "w48", Width(48, ())),
+        ("resnet50_bot", 64, Width(64)),
+    ],
+)
+def test_a_lone_number_has_the_multipliers_of_the_family(name: str, written: object, width: Width) -> None:
+    teacher = {"architecture": name, "width": written, "train": {"steps": 3}}
+    data = {"kind": "synthetic", "height": 64, "width": 32}
+    stems = [width.stem // 4 // 3 * 3 if name == "vit_tiny" else width.stem // 4, width.stem // 2, width.stem]
+    config = a_config(teacher=teacher, data=data, refinement={"ladder": stems, "train": {"steps": 3}})
+    assert config.teacher.width == width
+    assert config.ladder == tuple(Width(stem, width.multipliers) for stem in stems)
+    again = parse_config(tomllib.loads(dumps(config, Path())), "again.toml", Path())
+    assert again == config
+
+
+def test_a_lone_number_on_the_ladder_has_the_multipliers_of_the_teacher_s_width() -> None:
+    config = a_config(teacher={"width": "16x2-3-4", "train": {"steps": 3}}, **narrowest("4"))
+    assert config.ladder[0] == Width(4, (2, 3, 4))
+
+
+def test_a_ladder_steps_as_the_architecture_does() -> None:
+    """Six heads at steps of eight: of 24."""
+    teacher = {"architecture": "vit_small@64x32", "width": 384, "train": {"steps": 3}}
+    config = a_config(teacher=teacher, data={"kind": "synthetic", "height": 64, "width": 32}, **narrowest(120))
+    assert [width.stem for width in config.ladder] == [120, 168, 216, 240, 288, 336, 384]
+
+
+@pytest.mark.parametrize("name", architecture_names())
+def test_a_teacher_is_as_wide_as_its_architecture_was_published(name: str) -> None:
+    table = architecture(name)
+    height, width = table.input_size or (256, 128)
+    data = {"kind": "synthetic", "height": height, "width": width}
+    quarter = default_narrowest(table.usual_width, table.step)
+    config = a_config(
+        teacher={"architecture": name, "train": {"steps": 3}},
+        data=data,
+        refinement={"narrowest": str(quarter), "rungs": 3, "train": {"steps": 3}},
+    )
+    assert config.teacher.width == config.ladder[-1] == table.usual_width
 
 
 def test_options_of_the_command_line_come_first() -> None:

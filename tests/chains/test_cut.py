@@ -5,7 +5,7 @@ from hypothesis import strategies as st
 
 from chains.cut import NestedTree, Runs, SharedClusters, share_out
 from chains.errors import CutError
-from chains.tree import shared_clusters, ward_tree
+from chains.tree import leading_tree, shared_clusters, ward_tree
 
 SIZES = st.lists(st.integers(1, 9), min_size=1, max_size=12)
 
@@ -68,11 +68,42 @@ def test_cuts_of_a_tree_nest(leaves: int, seed: int, data: st.DataObject) -> Non
     assert len(tree.cut(wide)) == wide
 
 
-def test_the_worked_example_of_the_module_holds() -> None:
+def test_the_worked_examples_of_the_module_hold() -> None:
     tree = NestedTree(np.arange(6), np.array([4, 2, 5, 1, 3]))
     assert tree.cut(2).parts.starts.tolist() == [0, 4]
     assert tree.cut(3).parts.starts.tolist() == [0, 2, 4]
     assert tree.cut(6).parts.is_plain
+    leading = NestedTree(np.arange(6), np.array([2, 1]))
+    assert leading.cut(1).part_of().tolist() == [0, 0, 0, -1, -1, -1]
+    assert leading.cut(2).part_of().tolist() == [0, 0, 1, -1, -1, -1]
+    assert leading.cut(4).part_of().tolist() == [0, 1, 2, 3, -1, -1]
+    assert leading.cut(6).parts.is_plain
+
+
+@given(st.integers(1, 20), st.integers(1, 20), st.integers(0, 5), st.data())
+def test_a_cut_wider_than_its_tree_takes_the_first_channels_as_they_are(
+    leaves: int, behind: int, seed: int, data: st.DataObject
+) -> None:
+    splits = np.random.default_rng(seed).permutation(leaves - 1) + 1
+    tree = NestedTree(np.random.default_rng(seed).permutation(leaves + behind), splits)
+    size = data.draw(st.integers(1, leaves + behind))
+    parts = tree.cut(size).parts
+    assert len(parts) == size
+    assert parts.starts[0] == 0
+    assert parts.stops[-1] == max(size, leaves)
+    assert parts.is_plain == (size >= leaves)
+    assert np.array_equal(parts.starts[1:], parts.stops[:-1])
+
+
+def test_a_leading_tree_covers_the_most_important_rows() -> None:
+    rows = np.array([[0.1], [-5.0], [4.9], [1.0], [-4.0]])
+    tree = leading_tree(rows, 3)
+    assert set(tree.order[:3]) == {1, 2, 4}
+    assert tree.order[3:].tolist() == [3, 0]
+    halves = [set(part) for part in np.split(tree.order[:3], tree.cut(2).parts.starts[1:])]
+    assert sorted(map(sorted, halves)) == [[1, 4], [2]]
+    assert leading_tree(rows, 1).order.tolist() == [1, 2, 4, 3, 0]
+    assert np.array_equal(leading_tree(rows, 5).order, ward_tree(rows).order)
 
 
 def test_ward_merges_the_closest_rows_first() -> None:
@@ -104,14 +135,16 @@ def test_shared_clusters_are_sorted_by_cluster_then_teacher_channel() -> None:
     [
         (lambda: NestedTree(np.array([0, 0, 1]), np.array([1, 2])), "order must hold"),
         (lambda: NestedTree(np.arange(3), np.array([1, 1])), "splits must hold"),
-        (lambda: NestedTree(np.arange(3), np.array([1])), "2 boundaries"),
+        (lambda: NestedTree(np.arange(3), np.array([1, 3, 2])), "at most 2 boundaries, not 3"),
+        (lambda: NestedTree(np.arange(4), np.array([2])), "splits must hold each of 1..1"),
         (lambda: SharedClusters(np.arange(3), np.array([1, 1])), "add up to the 3"),
         (lambda: SharedClusters(np.arange(3), np.array([3, 0])), "positive"),
         (lambda: a_tree(4).cut(5), "cannot be cut into 5"),
         (lambda: a_tree(4).cut(0), "cannot be cut into 0"),
         (lambda: SharedClusters(np.arange(4), np.array([2, 2])).cut(1), "cannot give 1"),
-        (lambda: Runs(np.array([0, 2]), np.array([2, 2])), "at least one channel"),
-        (lambda: Runs(np.array([0, 2]), np.array([2])), "one length"),
+        (lambda: Runs(np.array([0, 2]), np.array([2, 2]), 2), "at least one channel"),
+        (lambda: Runs(np.array([0, 2]), np.array([2]), 2), "one length"),
+        (lambda: Runs(np.array([0, 2]), np.array([2, 4]), 3), "ends at channel 4 of 3"),
     ],
 )
 def test_malformed_cuts_are_refused(build: object, reason: str) -> None:

@@ -6,7 +6,6 @@ import numpy as np
 import pytest
 import torch
 
-from chains.arch import architecture_names
 from chains.chain import Chain
 from chains.cut import Cut, NestedTree, Runs, SharedClusters
 from chains.errors import ChainMismatch, CutError, NotCalibrated, WidthError
@@ -15,20 +14,33 @@ from chains.model import load_student, model_of
 from chains.testing import pico_chain, random_tensors, with_own_norms
 from chains.width import Width
 
-MODES = ("nested", "oskt")
+PLAIN = ("resnet18", "resnet50")  # the contract suite, tests/contracts, holds every architecture to more
+FAMILIES = {
+    "tree": {},
+    "tree over a half": {"merged_share": 0.5},
+    "slices": {"merged_share": 0},
+    "oskt": {"mode": "oskt"},
+}
+
+
+@pytest.fixture(params=FAMILIES)
+def family(request: pytest.FixtureRequest) -> dict:
+    return FAMILIES[request.param]
 
 
 def literal_nested(tensor: np.ndarray, rows: np.ndarray, columns: np.ndarray | None) -> np.ndarray:
-    """W'[i, k] = mean over i' with rows[i'] = i of the sum over k' with columns[k'] = k of W[i', k']."""
+    """W'[i, k] = mean over i' with rows[i'] = i of the sum over k' with columns[k'] = k of W[i', k']; -1 goes out."""
     if columns is not None:
         summed = np.zeros((tensor.shape[0], columns.max() + 1, *tensor.shape[2:]), tensor.dtype)
         for old, new in enumerate(columns):
-            summed[:, new] += tensor[:, old]
+            if new >= 0:
+                summed[:, new] += tensor[:, old]
         tensor = summed
     merged = np.zeros((rows.max() + 1, *tensor.shape[1:]), tensor.dtype)
     for old, new in enumerate(rows):
-        merged[new] += tensor[old]
-    counts = np.bincount(rows).reshape(-1, *[1] * (tensor.ndim - 1))
+        if new >= 0:
+            merged[new] += tensor[old]
+    counts = np.bincount(rows[rows >= 0]).reshape(-1, *[1] * (tensor.ndim - 1))
     return merged / counts
 
 
@@ -38,24 +50,25 @@ def as_dtype(chain: Chain, dtype: type) -> dict[str, np.ndarray]:
 
 def teacher_rows(chain: Chain, name: str, tensor: np.ndarray) -> np.ndarray:
     """Rows at teacher resolution: in oskt a cluster's row for each of its teacher channels."""
-    partition = chain.partitions[chain.table.axes[name].rows]
+    partition = chain.partitions[chain.table.axes[name].rows[0]]
     if isinstance(partition, SharedClusters) and tensor.ndim > 1:
         return np.repeat(tensor, partition.sizes, axis=0)
     return tensor
 
 
 @pytest.mark.parametrize(("dtype", "tolerance"), [(np.float64, 1e-12), (np.float32, 1e-5)])
-@pytest.mark.parametrize("mode", MODES)
-@pytest.mark.parametrize("name", architecture_names())
-def test_expansion_equals_the_literal_formula(name: str, mode: str, dtype: type, tolerance: float) -> None:
-    chain = pico_chain(architecture_name=name, mode=mode)
+@pytest.mark.parametrize("name", PLAIN)
+def test_expansion_equals_the_literal_formula(name: str, family: dict, dtype: type, tolerance: float) -> None:
+    chain = pico_chain(architecture_name=name, **family)
     tensors = as_dtype(chain, dtype)
     for width in (*chain.ladder, Width(5), Width(4, (2, 3, 4))):
         cuts = chain.cuts(width)
         made = expand(tensors, chain.table.axes, cuts)
         for tensor, axes in chain.table.axes.items():
-            columns = None if axes.columns is None else cuts[axes.columns].part_of()
-            expected = literal_nested(teacher_rows(chain, tensor, tensors[tensor]), cuts[axes.rows].part_of(), columns)
+            columns = None if axes.columns is None else cuts.of(axes.columns).part_of()
+            expected = literal_nested(
+                teacher_rows(chain, tensor, tensors[tensor]), cuts.of(axes.rows).part_of(), columns
+            )
             np.testing.assert_allclose(made[tensor], expected, rtol=tolerance, atol=tolerance * 10)
             assert made[tensor].shape == chain.table.tensor_shapes(width)[tensor]
 
@@ -67,10 +80,9 @@ def test_on_integers_in_parts_of_two_expansion_is_exact_to_the_bit() -> None:
     assert np.array_equal(merge(weights, parts, parts), expected)
 
 
-@pytest.mark.parametrize("mode", MODES)
-@pytest.mark.parametrize("name", architecture_names())
-def test_torch_and_numpy_are_one_function(name: str, mode: str) -> None:
-    chain = pico_chain(architecture_name=name, mode=mode)
+@pytest.mark.parametrize("name", PLAIN)
+def test_torch_and_numpy_are_one_function(name: str, family: dict) -> None:
+    chain = pico_chain(architecture_name=name, **family)
     torches = {name: torch.from_numpy(tensor) for name, tensor in chain.tensors.items()}
     for width in chain.ladder:
         arrays = expand(chain.tensors, chain.table.axes, chain.cuts(width))
@@ -96,7 +108,7 @@ def test_a_window_of_rows_is_that_window_of_the_result() -> None:
     assert all(np.array_equal(merge(weights, rows[i : i + 1], columns), whole[i : i + 1]) for i in range(7))
 
 
-@pytest.mark.parametrize("name", architecture_names())
+@pytest.mark.parametrize("name", PLAIN)
 def test_expansion_leaves_its_input_alone(name: str) -> None:
     chain = pico_chain(architecture_name=name)
     before = {name: tensor.copy() for name, tensor in chain.tensors.items()}
@@ -107,45 +119,48 @@ def test_expansion_leaves_its_input_alone(name: str) -> None:
 
 def composed(wide: Cut, narrow: Cut) -> Runs:
     """The parts of a narrower cut counted in parts of a wider one."""
-    return Runs.between(np.searchsorted(wide.parts.starts, np.append(narrow.parts.starts, wide.parts.stops[-1])))
+    ends = np.append(narrow.parts.starts, narrow.parts.stops[-1])
+    return Runs.between(np.searchsorted(wide.parts.starts, ends), len(wide))
 
 
-@pytest.mark.parametrize("name", architecture_names())
-def test_merging_composes_when_means_are_weighted_by_part_size(name: str) -> None:
-    chain = pico_chain(architecture_name=name)
+@pytest.mark.parametrize("share", [0, 0.5, 1])
+@pytest.mark.parametrize("name", PLAIN)
+def test_merging_composes_when_means_are_weighted_by_part_size(name: str, share: float) -> None:
+    chain = pico_chain(architecture_name=name, merged_share=share)
     tensors = as_dtype(chain, np.float64)
     wide, narrow = chain.cuts(chain.ladder[2]), chain.cuts(chain.ladder[0])
     at_wide = expand(tensors, chain.table.axes, wide)
     at_narrow = expand(tensors, chain.table.axes, narrow)
     for tensor, axes in chain.table.axes.items():
-        sizes = wide[axes.rows].parts.sizes.reshape(-1, *[1] * (at_wide[tensor].ndim - 1))
-        rows = composed(wide[axes.rows], narrow[axes.rows])
+        sizes = wide.of(axes.rows).parts.sizes.reshape(-1, *[1] * (at_wide[tensor].ndim - 1))
+        rows = composed(wide.of(axes.rows), narrow.of(axes.rows))
         sums = sum_runs(at_wide[tensor] * sizes, rows, axis=0)
         if axes.columns is not None:
-            sums = sum_runs(sums, composed(wide[axes.columns], narrow[axes.columns]), axis=1)
-        weights = narrow[axes.rows].parts.sizes.reshape(-1, *[1] * (sums.ndim - 1))
+            sums = sum_runs(sums, composed(wide.of(axes.columns), narrow.of(axes.columns)), axis=1)
+        weights = narrow.of(axes.rows).parts.sizes.reshape(-1, *[1] * (sums.ndim - 1))
         np.testing.assert_allclose(sums / weights, at_narrow[tensor], rtol=1e-12, atol=1e-12)
 
 
-@pytest.mark.parametrize("name", architecture_names())
-def test_a_full_width_nested_student_is_the_teacher_in_leaf_order(name: str) -> None:
-    chain = pico_chain(architecture_name=name)
+@pytest.mark.parametrize("share", [0, 0.5, 1])
+@pytest.mark.parametrize("name", PLAIN)
+def test_a_full_width_nested_student_is_the_teacher_in_leaf_order(name: str, share: float) -> None:
+    chain = pico_chain(architecture_name=name, merged_share=share)
     teacher = random_tensors(chain.table, chain.teacher, seed=0)
     made = expand(chain.tensors, chain.table.axes, chain.cuts(chain.teacher))
     for tensor, axes in chain.table.axes.items():
         undone = np.empty_like(made[tensor])
-        undone[chain.partitions[axes.rows].order] = made[tensor]
+        undone[chain.partitions[axes.rows[0]].order] = made[tensor]
         if axes.columns is not None:
-            undone[:, chain.partitions[axes.columns].order] = undone.copy()
+            undone[:, chain.partitions[axes.columns[0]].order] = undone.copy()
         assert np.array_equal(undone, teacher[tensor]), tensor
 
 
-@pytest.mark.parametrize("name", architecture_names())
+@pytest.mark.parametrize("name", PLAIN)
 def test_a_full_width_student_embeds_like_the_teacher_in_its_own_channel_order(name: str) -> None:
     chain = pico_chain(architecture_name=name)
     statistics = chain.statistics[chain.teacher]
     own_order = dict(random_tensors(chain.table, chain.teacher, seed=0))
-    for norm, group in chain.table.norms.items():
+    for norm, (group,) in chain.table.batch_norms.items():
         for kind in ("running_mean", "running_var"):
             values = np.empty_like(statistics[f"{norm}.{kind}"])
             values[chain.partitions[group].order] = statistics[f"{norm}.{kind}"]
@@ -157,16 +172,16 @@ def test_a_full_width_student_embeds_like_the_teacher_in_its_own_channel_order(n
     torch.testing.assert_close(normalize(made), normalize(expected), atol=1e-5, rtol=0)
 
 
-@pytest.mark.parametrize("name", architecture_names())
+@pytest.mark.parametrize("name", PLAIN)
 def test_tied_rows_compute_one_function_at_every_width(name: str) -> None:
     """Rows equal and norms equal inside the narrowest parts: all widths embed alike once lifted (float64, 1e-10)."""
     chain = pico_chain(architecture_name=name)
     narrowest = chain.cuts(chain.ladder[0])
     tied, statistics = {}, {}
     for tensor, axes in chain.table.axes.items():
-        part_of = narrowest[axes.rows].part_of()
-        tied[tensor] = merge(chain.tensors[tensor].astype(np.float64), narrowest[axes.rows].parts)[part_of]
-    for norm, group in chain.table.norms.items():
+        cut = narrowest.of(axes.rows)
+        tied[tensor] = merge(chain.tensors[tensor].astype(np.float64), cut.parts)[cut.part_of()]
+    for norm, (group,) in chain.table.batch_norms.items():
         for kind in ("running_mean", "running_var"):
             statistics[f"{norm}.{kind}"] = chain.statistics[chain.ladder[0]][f"{norm}.{kind}"][
                 narrowest[group].part_of()
@@ -183,7 +198,7 @@ def _embed_lifted(
     cuts = chain.cuts(width)
     made = expand(tensors, chain.table.axes, cuts)
     kept = {
-        name: values[cuts[chain.table.norms[name.rpartition(".")[0]]].parts.starts]
+        name: values[cuts.of(chain.table.batch_norms[name.rpartition(".")[0]]).parts.starts]
         for name, values in statistics.items()
     }
     model = model_of(chain.architecture, width, made | kept).double()
@@ -206,9 +221,9 @@ def test_oskt_students_repeat_the_shared_rows() -> None:
 def test_lifting_scales_cosines_by_part_sizes() -> None:
     chain = pico_chain()
     width = chain.ladder[1]
-    native = np.random.default_rng(0).standard_normal((2, chain.table.group_sizes(width)[chain.table.embedding_group]))
+    native = np.random.default_rng(0).standard_normal((2, chain.table.embedding_dim(width)))
     lifted = native[:, chain.lift(width)]
-    sizes = chain.cuts(width)[chain.table.embedding_group].parts.sizes
+    sizes = chain.cuts(width).of(chain.table.embedding_channels).parts.sizes
     scaled = native * np.sqrt(sizes)
     assert np.isclose(lifted[0] @ lifted[1], scaled[0] @ scaled[1])
     assert np.isclose(np.linalg.norm(lifted[0]), np.linalg.norm(scaled[0]))
@@ -216,7 +231,7 @@ def test_lifting_scales_cosines_by_part_sizes() -> None:
 
 def test_at_full_width_the_lift_undoes_the_leaf_order() -> None:
     chain = pico_chain()
-    order = chain.partitions[chain.table.embedding_group].order
+    order = chain.partitions[chain.table.embedding_channels[0]].order
     assert np.array_equal(chain.lift(chain.teacher)[order], np.arange(len(order)))
 
 
@@ -256,7 +271,7 @@ def test_a_width_without_statistics_is_refused() -> None:
 
 @pytest.mark.parametrize("axis", [0, 1])
 @pytest.mark.parametrize(
-    "runs", [Runs.between(np.array([2, 3, 6, 8])), Runs(np.array([4, 0]), np.array([7, 3]))], ids=str
+    "runs", [Runs.between(np.array([2, 3, 6, 8]), 9), Runs(np.array([4, 0]), np.array([7, 3]), 9)], ids=str
 )
 def test_torch_adds_runs_as_numpy_does_also_where_they_leave_gaps(runs: Runs, axis: int) -> None:
     tensor = np.random.default_rng(0).standard_normal((9, 9, 2), dtype=np.float32)

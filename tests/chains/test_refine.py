@@ -11,6 +11,7 @@ from chains.chain import Chain, Mode
 from chains.errors import DataError, WidthError
 from chains.evaluate import embed
 from chains.model import load_student, numpy_tensors
+from chains.nested import NestedRecipe
 from chains.refine import Refined, refine
 from chains.train import Run
 from chains.width import Width
@@ -42,9 +43,19 @@ def test_nested_refinement_moves_every_tensor_and_not_the_teacher() -> None:
     refined = refine(teacher, LADDER, flat_people(), INPUT, RECIPE, 0)
     assert all(np.array_equal(before[name], values) for name, values in numpy_tensors(teacher.model).items())
     for name, axes in teacher.model.table.axes.items():
-        moved = not np.array_equal(before[name][refined.partitions[axes.rows].order], refined.tensors[name])
+        moved = not np.array_equal(before[name][refined.partitions[axes.rows[0]].order], refined.tensors[name])
         assert moved or name == "neck.bias", name
     assert not refined.tensors["neck.bias"].any()
+
+
+@pytest.mark.parametrize(("share", "leaves"), [(0, 1), (0.5, 8), (1, 16)])
+def test_the_recipe_says_over_how_many_channels_trees_grow_and_the_embedding_s_covers_all(
+    share: float, leaves: int
+) -> None:
+    nested = NestedRecipe(merged_share=share)
+    refined = refine(a_teacher(), LADDER, flat_people(), INPUT, replace(RECIPE, steps=1), 0, nested=nested)
+    assert refined.partitions["layer3"].leaves == leaves
+    assert refined.partitions["layer4"].leaves == 32
 
 
 def test_oskt_refinement_moves_rows_and_norms_and_not_the_teacher() -> None:

@@ -1,4 +1,7 @@
-"""What the training tests share: a tiny net and a few images of one colour per identity."""
+"""What tests share: a tiny net, a few images of one colour per identity, and how a command ended."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
 
 import numpy as np
 
@@ -24,3 +27,15 @@ def flat_people(identities: int = 8, each: int = 4, seed: int = 0) -> ImageSet:
 
 def a_teacher(seed: int = 0) -> Trained:
     return train_alone("resnet18", Width(4), flat_people(), INPUT, RECIPE, seed)
+
+
+@dataclass(frozen=True)
+class Done:
+    """How a command ended: status, and what it printed."""
+
+    status: int
+    out: str
+    err: str
+
+
+Command = Callable[..., Done]

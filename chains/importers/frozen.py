@@ -1,0 +1,183 @@
+"""ONNX graphs as frozen teachers: checked, run, never trained. One image input, one embedding output.
+
+A graph is a program. It can name files to read weights from, so those are refused before anything is run, and it can
+ask for any amount of memory and time, so it is only ever run where both are capped.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnx
+import onnxruntime
+from numpy.typing import NDArray
+from onnx import GraphProto, ModelProto, TensorProto, ValueInfoProto
+
+from chains.errors import WeightsRefused
+
+MAX_BYTES = 2 * 2**30 - 1  # of one protobuf
+OPSETS = range(7, 27)
+DOMAINS = frozenset({"", "ai.onnx"})
+FLOATS = {TensorProto.FLOAT: np.float32, TensorProto.FLOAT16: np.float16}
+THREADS = 2
+
+
+@dataclass(frozen=True)
+class FrozenGraph:
+    """What a graph wants and gives. batch: `None` where any number of images goes in; height, width: `None` where any
+    size does."""
+
+    path: Path
+    input: str
+    output: str
+    is_half: bool
+    batch: int | None
+    height: int | None
+    width: int | None
+    opset: int
+    parameters: int
+
+
+def read_graph(path: Path) -> FrozenGraph:
+    """Check a graph without running it. Raises `WeightsRefused` with the reason."""
+    if path.stat().st_size > MAX_BYTES:
+        raise WeightsRefused("the ONNX file is larger than 2 GiB, which one file cannot be")
+    try:
+        model = onnx.load(str(path), load_external_data=False)
+    except MemoryError:
+        raise
+    except Exception as error:  # protobuf's classes have no types, and its message says nothing
+        raise WeightsRefused("the file cannot be read as ONNX; it may be cut short or damaged") from error
+    _refuse_external(model)
+    opset = _opset(model)
+    try:
+        onnx.checker.check_model(model, full_check=True)
+    except MemoryError:
+        raise
+    except Exception as error:  # the checker raises its own, shape inference's, and those of the bindings
+        raise WeightsRefused(f"onnx.checker refuses the graph: {_first_line(error)}") from error
+    graph = model.graph
+    image, embedding = _only_input(graph), _only_output(graph)
+    batch, height, width = _image_shape(image)
+    return FrozenGraph(
+        path=path,
+        input=image.name,
+        output=embedding.name,
+        is_half=image.type.tensor_type.elem_type == TensorProto.FLOAT16,
+        batch=batch,
+        height=height,
+        width=width,
+        opset=opset,
+        parameters=sum(int(np.prod(tensor.dims)) for tensor in graph.initializer),
+    )
+
+
+def embed_frozen(graph: FrozenGraph, images: NDArray[np.float32]) -> NDArray[np.float32]:
+    """Embeddings (n, D) of normalised images (n, 3, H, W) by onnxruntime. Raises `WeightsRefused` when it fails."""
+    options = onnxruntime.SessionOptions()
+    options.intra_op_num_threads = THREADS
+    options.log_severity_level = 4
+    feed = images.astype(np.float16) if graph.is_half else images
+    try:
+        session = onnxruntime.InferenceSession(str(graph.path), options, providers=["CPUExecutionProvider"])
+        size = graph.batch or len(feed)
+        padded = np.concatenate([feed, np.repeat(feed[-1:], -len(feed) % size, axis=0)])
+        found = [
+            session.run([graph.output], {graph.input: padded[start : start + size]})[0]
+            for start in range(0, len(padded), size)
+        ]
+        embeddings = np.concatenate(found).astype(np.float32)[: len(images)]
+    except MemoryError:
+        raise
+    except Exception as error:  # onnxruntime's own classes share no base
+        raise WeightsRefused(f"onnxruntime cannot run the graph: {_first_line(error)}") from error
+    if embeddings.ndim != 2 or len(embeddings) != len(images):
+        raise WeightsRefused(
+            f"the graph answers shape {embeddings.shape} for {len(images)} images; a teacher answers (images, D)"
+        )
+    return embeddings
+
+
+def _refuse_external(model: ModelProto) -> None:
+    for tensor in _tensors(model):
+        if tensor.data_location == TensorProto.EXTERNAL or tensor.external_data:
+            place = next((entry.value for entry in tensor.external_data if entry.key == "location"), "another file")
+            raise WeightsRefused(
+                f"weights of the graph lie in another file ('{place[:80]}'), which was not sent and is not read: save "
+                "it as one file, onnx.save_model(model, path, save_as_external_data=False)"
+            )
+
+
+def _tensors(model: ModelProto) -> Iterator[TensorProto]:
+    yield from _graph_tensors(model.graph)
+    for function in model.functions:
+        for node in function.node:
+            yield from _node_tensors(node)
+
+
+def _graph_tensors(graph: GraphProto) -> Iterator[TensorProto]:
+    yield from graph.initializer
+    for sparse in graph.sparse_initializer:
+        yield from (sparse.values, sparse.indices)
+    for node in graph.node:
+        yield from _node_tensors(node)
+
+
+def _node_tensors(node: Any) -> Iterator[TensorProto]:
+    for attribute in node.attribute:
+        yield from (attribute.t, *attribute.tensors)
+        yield from (attribute.sparse_tensor.values, attribute.sparse_tensor.indices)
+        for graph in (attribute.g, *attribute.graphs):
+            yield from _graph_tensors(graph)
+
+
+def _opset(model: ModelProto) -> int:
+    opsets = {entry.domain: entry.version for entry in model.opset_import}
+    if foreign := sorted(domain[:80] for domain in opsets if domain not in DOMAINS):
+        raise WeightsRefused(f"the graph uses operators of {', '.join(foreign)}; only ONNX's own are run")
+    opset = max(opsets.values(), default=0)
+    if opset not in OPSETS:
+        raise WeightsRefused(f"the graph has opset {opset}; {OPSETS.start} to {OPSETS.stop - 1} can be run")
+    return opset
+
+
+def _only_input(graph: GraphProto) -> ValueInfoProto:
+    weights = {tensor.name for tensor in graph.initializer}
+    inputs = [value for value in graph.input if value.name not in weights]
+    if len(inputs) != 1:
+        raise WeightsRefused(f"the graph has {len(inputs)} inputs; a teacher has one, the images")
+    image: ValueInfoProto = inputs[0]
+    return image
+
+
+def _only_output(graph: GraphProto) -> ValueInfoProto:
+    if len(graph.output) != 1:
+        names = ", ".join(value.name[:40] for value in graph.output[:5])
+        raise WeightsRefused(f"the graph has {len(graph.output)} outputs ({names}); a teacher has one, the embedding")
+    embedding: ValueInfoProto = graph.output[0]
+    return embedding
+
+
+def _image_shape(value: ValueInfoProto) -> tuple[int | None, int | None, int | None]:
+    """(batch, height, width), `None` for what is free."""
+    kind = value.type.tensor_type
+    if kind.elem_type not in FLOATS:
+        raise WeightsRefused("the graph's input is no float tensor; a teacher takes normalised images (n, 3, H, W)")
+    shape = [dim.dim_value if dim.HasField("dim_value") and dim.dim_value > 0 else None for dim in kind.shape.dim]
+    if len(shape) != 4 or shape[1] not in (3, None):
+        raise WeightsRefused(f"the graph's input has shape {shape}; a teacher takes normalised images (n, 3, H, W)")
+    batch, _, height, width = shape
+    if any(size is not None and not 16 <= size <= 1024 for size in (height, width)):
+        raise WeightsRefused(f"the graph wants images of {height}×{width}; 16 to 1024 pixels either way can be checked")
+    if batch is not None and batch > 64:
+        raise WeightsRefused(f"the graph wants {batch} images at once; make its batch free, or 64 at most")
+    return batch, height, width
+
+
+def _first_line(error: BaseException) -> str:
+    lines = str(error).strip().splitlines()
+    return (lines[0] if lines else type(error).__name__)[:300]
