@@ -1,0 +1,269 @@
+"""Partial teachers: networks of this project, or ONNX graphs from anywhere, that look at one view of the person.
+
+They only answer. They have no gradient, stay in evaluation mode and are no part of what is trained or checkpointed. A
+graph is a program: run those that you trust, or where memory and time are capped (see `chains.importers.frozen`).
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Any
+
+import numpy as np
+import onnx
+import onnxruntime
+import torch
+from torch import Tensor
+
+from chains.chain import InputSpec
+from chains.errors import ChainMismatch, DataError, WeightsRefused
+from chains.export import read_exported
+from chains.fuse.views import View, whole
+from chains.importers.containers import sniff
+from chains.importers.frozen import FrozenGraph, read_graph
+from chains.model import ReIDModel
+from chains.pipeline import IMAGENET_MEAN, IMAGENET_STD
+
+IMAGENET = (IMAGENET_MEAN, IMAGENET_STD)
+PROBES = 2  # images: a graph that takes one at a time only is found out
+
+Channels = tuple[float, float, float]
+Pixels = tuple[Channels, Channels]
+"""mean and std of 0..1, one number per channel"""
+
+
+@dataclass(frozen=True, eq=False)
+class Answer:
+    """What a network makes of images: its feature map (n, C, h, w), `None` where it shows none, the pooled feature in
+    front of the neck and the embedding behind it, both (n, D); for graphs both are the embedding."""
+
+    map: Tensor | None
+    feature: Tensor
+    embedding: Tensor
+
+
+def perceive(model: ReIDModel, images: Tensor) -> Answer:
+    """`ReIDModel.forward` with the feature map, where the backbone has not pooled by itself."""
+    found: Tensor = model.backbone(images)
+    feature = found.mean(dim=(2, 3)) if found.ndim == 4 else found
+    return Answer(found if found.ndim == 4 else None, feature, model.neck(feature))
+
+
+@dataclass(frozen=True, eq=False)
+class Partial:
+    """A frozen network and the view it looks at.
+
+    name: of its file, or of the run directory. sha256: of the file. pixels: mean and std it was trained with.
+    map_shape: (C, h, w) of its map. notes: what was taken as known, for the user. run: normalised images (n, 3,
+    `view.height`, `view.width`) → answer.
+    """
+
+    name: str
+    sha256: str
+    view: View
+    pixels: Pixels
+    embedding_dim: int
+    map_shape: tuple[int, int, int] | None
+    notes: tuple[str, ...]
+    run: Callable[[Tensor], Answer]
+
+    @torch.no_grad()
+    def answer(self, images: Tensor, input: InputSpec) -> Answer:
+        """Of full images (n, 3, H, W) that are normalised as `input` says: the view is cut, that normalisation undone
+        and the network's own applied."""
+        return self.run(_normalised_anew(self.view.of(images), input, self.pixels))
+
+
+def open_partial(
+    path: Path, view: View | None = None, pixels: Pixels | None = None, usual_size: tuple[int, int] = (256, 128)
+) -> Partial:
+    """The network in `path`: a file of this project, a run directory's `teacher.safetensors`, or an ONNX graph.
+
+    view: by default the whole image, at the size that the file states, else at `usual_size` (height, width). pixels: of
+    a graph that does not state them; by default ImageNet's. Raises `ChainMismatch` where the file states otherwise,
+    `WeightsRefused` and `ChainFileError` for files that are of no use, `DataError` for one that is not there.
+    """
+    file = path / "teacher.safetensors" if path.is_dir() else path
+    if not file.is_file():
+        raise DataError(f"input '{file}' is not there")
+    try:
+        kind = sniff(file)
+        if kind == "torch":
+            raise WeightsRefused(
+                "a torch checkpoint is no partial teacher as it is: export the network to ONNX, or write it as "
+                "safetensors of this project (python -m chains.importers.check --teacher)"
+            )
+        found = _graph(file, view, pixels, usual_size) if kind == "onnx" else _network(file, view, pixels)
+    except WeightsRefused as error:
+        raise WeightsRefused(f"input '{file}': {error}") from error
+    return found if path == file else replace(found, name=path.resolve().name)
+
+
+class Network:
+    """A network of this project that only answers, wherever its images are."""
+
+    def __init__(self, model: ReIDModel) -> None:
+        self.model = model.eval().requires_grad_(False)
+
+    def __call__(self, images: Tensor) -> Answer:
+        return perceive(self.model.to(images.device), images)
+
+
+def _network(file: Path, view: View | None, pixels: Pixels | None) -> Partial:
+    exported = read_exported(file)
+    stated = exported.origin.input
+    view = view or whole(stated.height, stated.width)
+    _require_size(file, view, stated.height, stated.width)
+    if pixels is not None and not _is_close(pixels, (stated.mean, stated.std)):
+        raise _other_pixels(file, pixels, (stated.mean, stated.std))
+    return _probed(file, view, (stated.mean, stated.std), (), Network(exported.model))
+
+
+def _graph(file: Path, view: View | None, pixels: Pixels | None, usual_size: tuple[int, int]) -> Partial:
+    graph, map_name = _read_graph(file)
+    run = Graph(graph, map_name)
+    stated, notes = run.stated_pixels(), []
+    if stated is not None and pixels is not None and not _is_close(pixels, stated):
+        raise _other_pixels(file, pixels, stated)
+    if stated is None and pixels is None:
+        notes.append("nobody stated its mean and std, so ImageNet's were taken")
+    if view is None:
+        view = whole(graph.height or usual_size[0], graph.width or usual_size[1])
+        if graph.height is None or graph.width is None:
+            notes.append(f"it takes any size, so the whole image as {view.height} × {view.width} was taken")
+    _require_size(file, view, graph.height, graph.width)
+    return _probed(file, view, stated or pixels or IMAGENET, tuple(notes), run)
+
+
+def _read_graph(file: Path) -> tuple[FrozenGraph, str | None]:
+    """A checked graph, and the name of its second output where that is a map (n, C, h, w): a copy without that output
+    passes the checks of graphs that have the embedding alone."""
+    if (name := _map_output(file)) is None:
+        return read_graph(file), None
+    model = onnx.load(str(file), load_external_data=False)
+    kept = [output for output in model.graph.output if output.name != name]
+    del model.graph.output[:]
+    model.graph.output.extend(kept)
+    with TemporaryDirectory() as folder:
+        copy = Path(folder) / "embedding.onnx"
+        copy.write_bytes(model.SerializeToString())
+        return replace(read_graph(copy), path=file), name
+
+
+def _map_output(file: Path) -> str | None:
+    try:
+        outputs = list(onnx.load(str(file), load_external_data=False).graph.output)
+    except MemoryError:
+        raise
+    except Exception:  # protobuf's classes have no types; `read_graph` says what is wrong with the file
+        return None
+    maps = [output.name for output in outputs if len(output.type.tensor_type.shape.dim) == 4]
+    return maps[0] if len(outputs) == 2 and len(maps) == 1 else None
+
+
+class Graph:
+    """An ONNX graph in onnxruntime on the CPU, in a session that stays."""
+
+    def __init__(self, graph: FrozenGraph, map_name: str | None) -> None:
+        self.graph = graph
+        self.outputs = [graph.output] if map_name is None else [graph.output, map_name]
+        options = onnxruntime.SessionOptions()
+        options.intra_op_num_threads = torch.get_num_threads()
+        options.log_severity_level = 4
+        try:
+            self.session = onnxruntime.InferenceSession(str(graph.path), options, providers=["CPUExecutionProvider"])
+        except MemoryError:
+            raise
+        except Exception as error:  # onnxruntime's own classes share no base
+            raise WeightsRefused(f"onnxruntime cannot load the graph: {_first_line(error)}") from error
+
+    def stated_pixels(self) -> Pixels | None:
+        """mean and std in the metadata, under the names that models of this project have (`reid.mean`)."""
+        marks = self.session.get_modelmeta().custom_metadata_map
+        if not {"reid.mean", "reid.std"} <= marks.keys():
+            return None
+        try:
+            mean, std = (tuple(map(float, json.loads(marks[f"reid.{name}"]))) for name in ("mean", "std"))
+        except (TypeError, ValueError) as error:
+            raise WeightsRefused(f"its metadata reid.mean and reid.std cannot be read: {error}") from error
+        if len(mean) != 3 or len(std) != 3 or not all(np.isfinite((*mean, *std))) or min(std) <= 0:
+            raise WeightsRefused(f"its metadata state a mean of {mean} and a std of {std}: three numbers each, std > 0")
+        return mean, std
+
+    def __call__(self, images: Tensor) -> Answer:
+        feed = images.detach().cpu().numpy().astype(np.float16 if self.graph.is_half else np.float32)
+        size = self.graph.batch or len(feed)
+        padded = np.concatenate([feed, np.repeat(feed[-1:], -len(feed) % size, axis=0)])
+        found = [self._answers(padded[start : start + size]) for start in range(0, len(padded), size)]
+        tensors = [
+            torch.from_numpy(np.concatenate(parts)[: len(feed)].astype(np.float32)).to(images.device)
+            for parts in zip(*found, strict=True)
+        ]
+        return Answer(tensors[1] if len(tensors) > 1 else None, tensors[0], tensors[0])
+
+    def _answers(self, feed: Any) -> list[Any]:
+        try:
+            answers: list[Any] = self.session.run(self.outputs, {self.graph.input: feed})
+        except MemoryError:
+            raise
+        except Exception as error:  # as above
+            raise WeightsRefused(f"onnxruntime cannot run the graph: {_first_line(error)}") from error
+        return answers
+
+
+def _probed(file: Path, view: View, pixels: Pixels, notes: tuple[str, ...], run: Callable[[Tensor], Answer]) -> Partial:
+    """The teacher, with the shapes of what it answers to a few black images. Raises `WeightsRefused` for others."""
+    with torch.no_grad():
+        answer = run(torch.zeros(PROBES, 3, view.height, view.width))
+    embedding, found = answer.embedding, answer.map
+    if embedding.ndim != 2 or len(embedding) != PROBES:
+        raise WeightsRefused(
+            f"it answers shape {tuple(embedding.shape)} to {PROBES} images; a teacher answers (images, D)"
+        )
+    if found is not None and (found.ndim != 4 or len(found) != PROBES):
+        raise WeightsRefused(f"its map has shape {tuple(found.shape)} for {PROBES} images, not (images, C, h, w)")
+    if not all(bool(t.isfinite().all()) for t in (embedding, found) if t is not None):
+        raise WeightsRefused("it answers numbers that are not finite to black images")
+    shape = None if found is None else (found.shape[1], found.shape[2], found.shape[3])
+    with file.open("rb") as opened:
+        sha256 = hashlib.file_digest(opened, "sha256").hexdigest()
+    return Partial(file.name, sha256, view, pixels, embedding.shape[1], shape, notes, run)
+
+
+def _normalised_anew(images: Tensor, input: InputSpec, pixels: Pixels) -> Tensor:
+    """x' = (x · std + mean - mean') / std': from the normalisation of `input` to that of `pixels`."""
+    if (input.mean, input.std) == pixels:
+        return images
+    mean, std, new_mean, new_std = (
+        torch.tensor(values, device=images.device).view(1, 3, 1, 1) for values in (input.mean, input.std, *pixels)
+    )
+    return (images * std + mean - new_mean) / new_std
+
+
+def _require_size(file: Path, view: View, height: int | None, width: int | None) -> None:
+    """`None`: the file takes any."""
+    if (height or view.height, width or view.width) != (view.height, view.width):
+        there = " × ".join("any" if side is None else str(side) for side in (height, width))
+        raise ChainMismatch(
+            f"input '{file}' is for images of {there} (height × width); its view says {view.height} × {view.width}"
+        )
+
+
+def _other_pixels(file: Path, said: Pixels, stated: Pixels) -> ChainMismatch:
+    return ChainMismatch(
+        f"input '{file}' states mean {stated[0]} and std {stated[1]}; the configuration says {said[0]} and {said[1]}"
+    )
+
+
+def _is_close(one: Pixels, other: Pixels) -> bool:
+    return bool(np.allclose(np.array(one), np.array(other), atol=1e-4))
+
+
+def _first_line(error: BaseException) -> str:
+    lines = str(error).strip().splitlines()
+    return (lines[0] if lines else type(error).__name__)[:300]
