@@ -60,10 +60,11 @@ class Embedded:
     gallery: Floats
 
 
-def run_demo(url: str) -> str:
-    """Run the demo against the service at `url` and return its tables. Raises `DemoFailed`."""
-    frontier = _get_json(url, "/chains/stable/frontier")
-    deliveries = [fetch(url, device) for device in devices(frontier)]
+def run_demo(url: str, key: str | None = None) -> str:
+    """Run the demo against the service at `url`, with an API key where it asks for one, and return its tables. Raises
+    `DemoFailed`."""
+    frontier = _get_json(url, "/chains/stable/frontier", key)
+    deliveries = [fetch(url, device, key) for device in devices(frontier)]
     image = deliveries[0].manifest["image"]
     people = PeopleSettings(test_identities=TEST_IDENTITIES, height=image["height"], width=image["width"])
     queries, gallery = query_images(people), gallery_images(people)
@@ -90,15 +91,15 @@ def devices(frontier: dict[str, Any]) -> list[Device]:
     ]
 
 
-def fetch(url: str, device: Device) -> Delivery:
+def fetch(url: str, device: Device, key: str | None = None) -> Delivery:
     """Ask for a model as a device would: one call for the bytes, one for the manifest."""
     started = time.perf_counter()
-    response = _request(url, "POST", "/models", {"limits": {device.limit: device.allowed}})
+    response = _request(url, "POST", "/models", key, {"limits": {device.limit: device.allowed}})
     head = response.read(1)
     first = time.perf_counter()
     content = head + response.read()
     last = time.perf_counter()
-    manifest = _get_json(url, response.headers["Location"])
+    manifest = _get_json(url, response.headers["Location"], key)
     return Delivery(device, manifest, content, 1000 * (first - started), 1000 * (last - started))
 
 
@@ -154,12 +155,12 @@ def _cross(deliveries: Sequence[Delivery], matrix: Sequence[Sequence[Ranking]]) 
     return [["query \\ gallery", *names], *([name, *(f"{cell.map:.1f}" for cell in row)] for name, row in lines)]
 
 
-def _get_json(url: str, path: str) -> dict[str, Any]:
-    answer: dict[str, Any] = json.load(_request(url, "GET", path))
+def _get_json(url: str, path: str, key: str | None) -> dict[str, Any]:
+    answer: dict[str, Any] = json.load(_request(url, "GET", path, key))
     return answer
 
 
-def _request(url: str, method: str, path: str, body: object = None) -> http.client.HTTPResponse:
+def _request(url: str, method: str, path: str, key: str | None, body: object = None) -> http.client.HTTPResponse:
     """The answer, its body unread. Raises `DemoFailed` when nobody answers, or with the service's own words."""
     parts = urlsplit(url)
     if parts.scheme not in ("http", "https") or not parts.hostname:
@@ -167,6 +168,10 @@ def _request(url: str, method: str, path: str, body: object = None) -> http.clie
     kind = http.client.HTTPSConnection if parts.scheme == "https" else http.client.HTTPConnection
     connection = kind(parts.hostname, parts.port, timeout=TIMEOUT_S)
     headers = {"Connection": "close"} | ({"Content-Type": "application/json"} if body is not None else {})
+    if key is not None:
+        if not (key.isascii() and key.isprintable()):
+            raise DemoFailed("the API key has characters that no header can carry; give it as it was shown")
+        headers["Authorization"] = f"Bearer {key}"
     try:
         connection.request(
             method, parts.path.rstrip("/") + path, json.dumps(body) if body is not None else None, headers

@@ -2,28 +2,25 @@
 
 from __future__ import annotations
 
-import base64
-import binascii
 from typing import Annotated
 
-from fastapi import APIRouter, Path, Query
+from fastapi import APIRouter, Path, Response
 
+from app.api.auth import Admin
 from app.api.deps import TheRegistry
+from app.api.paging import PageSize, PageToken, decoded, encoded
 from app.api.problems import documented
 from app.api.schemas import ChainOut, ChainsOut, FrontierOut
-from app.errors import InvalidPageToken
 
 router = APIRouter(tags=["chains"])
 Name = Annotated[str, Path(description="name of a chain, or an alias such as `stable`")]
-PageSize = Annotated[int, Query(ge=1, le=100)]
-PageToken = Annotated[str | None, Query(max_length=200, description="next_page_token of the page before")]
 
 
 @router.get("/chains", summary="Published chains", responses=documented(422, 500, 503))
 def list_chains(registry: TheRegistry, page_size: PageSize = 20, page_token: PageToken = None) -> ChainsOut:
     """In order of name, a page at a time."""
-    page = registry.page(_decoded(page_token), page_size)
-    return ChainsOut.of(page, _encoded(page.continue_after))
+    page = registry.page(decoded(page_token), page_size)
+    return ChainsOut.of(page, encoded(page.continue_after))
 
 
 @router.get("/chains/{name}", summary="One chain", responses=documented(404, 500, 503))
@@ -37,19 +34,15 @@ def get_frontier(name: Name, registry: TheRegistry) -> FrontierOut:
     return FrontierOut.of(registry.find(name))
 
 
-def _encoded(name: str | None) -> str | None:
-    """Opaque on purpose: what a page continues after is ours to change."""
-    return None if name is None else base64.urlsafe_b64encode(name.encode()).decode().rstrip("=")
-
-
-def _decoded(token: str | None) -> str:
-    """Raises `InvalidPageToken`."""
-    if token is None:
-        return ""
-    try:
-        name = base64.b64decode(token + "=" * (-len(token) % 4), altchars=b"-_", validate=True).decode()
-    except (binascii.Error, ValueError):
-        raise InvalidPageToken from None
-    if not name:
-        raise InvalidPageToken
-    return name
+@router.delete(
+    "/chains/{name}",
+    summary="Delete a chain",
+    status_code=204,
+    response_class=Response,
+    responses=documented(404, 409, 500, 503),
+)
+def delete_chain(name: Name, registry: TheRegistry, by: Admin) -> Response:
+    """Its models go with it, its file with the next collection of garbage. Refused while an alias points at it or a job
+    that has not ended names it."""
+    registry.delete(name, by)
+    return Response(status_code=204)

@@ -46,6 +46,10 @@ class UnsupportedMediaType(ApiError):
         super().__init__("send the body as application/json, not compressed")
 
 
+class NotAnUpload(ApiError):
+    """The headers of a request that sends bytes of a file do not say so."""
+
+
 class PreconditionFailed(ApiError):
     """If-Match names another version than the one there is."""
 
@@ -89,14 +93,67 @@ TABLE: dict[type[Exception], Row] = {
     chains_errors.BudgetTooSmall: Row(422, "budget-too-small"),
     chains_errors.UnsupportedOption: Row(422, "option-unsupported"),
     chains_errors.DataError: Row(422, "data-unusable"),
+    chains_errors.WeightsRefused: Row(422, "weights-refused"),
     app_errors.AppError: Row(500, "internal-error"),
     app_errors.UnknownChain: Row(404, "chain-unknown"),
     app_errors.UnknownModel: Row(404, "model-unknown"),
     app_errors.ChainNameTaken: Row(409, "chain-name-taken"),
+    app_errors.ChainRightsDiffer: Row(409, "chain-rights-differ"),
+    app_errors.ChainInUse: Row(409, "chain-in-use"),
+    app_errors.UnknownAlias: Row(404, "alias-unknown"),
+    app_errors.AliasMoved: Row(409, "alias-moved"),
+    app_errors.AliasNotRemovable: Row(409, "alias-not-removable"),
+    app_errors.PromotionRefused: Row(409, "promotion-refused"),
+    app_errors.NothingToRollBack: Row(409, "nothing-to-roll-back"),
     app_errors.ReservedName: Row(422, "chain-name-reserved"),
     app_errors.LatencyNotMeasurable: Row(422, "latency-not-measurable-yet"),
     app_errors.InvalidPageToken: Row(422, "page-token-invalid"),
     app_errors.NotReproducible: Row(410, "model-not-reproducible"),
+    app_errors.Unauthenticated: Row(401, "unauthenticated"),
+    app_errors.Forbidden: Row(403, "forbidden"),
+    app_errors.NotOnLoopback: Row(403, "not-on-loopback"),
+    app_errors.TooManyRequests: Row(429, "too-many-requests"),
+    app_errors.UnknownKey: Row(404, "key-unknown"),
+    app_errors.InvalidExpiry: Row(422, "expiry-invalid"),
+    app_errors.KeyNotActive: Row(409, "key-not-active"),
+    app_errors.NoAdminKey: Row(500, "internal-error"),
+    app_errors.RateLimitsUnavailable: Row(503, "rate-limits-unavailable"),
+    app_errors.UnknownUpload: Row(404, "upload-unknown"),
+    app_errors.UploadNotAwaited: Row(409, "upload-not-awaited"),
+    app_errors.OffsetMismatch: Row(409, "upload-offset-mismatch"),
+    app_errors.UploadTooLarge: Row(413, "upload-too-large"),
+    app_errors.UploadTooLong: Row(413, "upload-too-long"),
+    app_errors.UploadIncomplete: Row(422, "upload-incomplete"),
+    app_errors.UploadCorrupt: Row(422, "upload-corrupt"),
+    app_errors.TooManyUploads: Row(429, "too-many-uploads"),
+    app_errors.UnknownTeacher: Row(404, "teacher-unknown"),
+    app_errors.TeacherNameTaken: Row(409, "teacher-name-taken"),
+    app_errors.TeacherInUse: Row(409, "teacher-in-use"),
+    app_errors.TeacherNotReady: Row(409, "teacher-not-ready"),
+    app_errors.UnknownDataset: Row(404, "dataset-unknown"),
+    app_errors.DatasetNameTaken: Row(409, "dataset-name-taken"),
+    app_errors.DatasetSourceRefused: Row(422, "dataset-source-refused"),
+    app_errors.DatasetInUse: Row(409, "dataset-in-use"),
+    app_errors.DatasetNotReady: Row(409, "dataset-not-ready"),
+    app_errors.DatasetRefused: Row(422, "dataset-refused"),
+    app_errors.DatasetChanged: Row(409, "dataset-changed"),
+    app_errors.LandlockFailed: Row(500, "internal-error"),
+    app_errors.SandboxUnavailable: Row(500, "sandbox-unavailable"),
+    app_errors.TracingNotInstalled: Row(500, "internal-error"),
+    app_errors.UnknownJob: Row(404, "job-unknown"),
+    app_errors.UnknownJobFile: Row(404, "job-file-unknown"),
+    app_errors.IdempotencyConflict: Row(422, "idempotency-key-reused"),
+    app_errors.UnknownJobKind: Row(422, "job-kind-unknown"),
+    app_errors.InvalidJobRequest: Row(422, "request-invalid"),
+    app_errors.JobImpossible: Row(422, "job-impossible"),
+    app_errors.ChainExists: Row(409, "chain-exists"),
+    app_errors.JobEnded: Row(409, "job-ended"),
+    app_errors.JobNotRetryable: Row(409, "job-not-retryable"),
+    app_errors.JobCancelled: Row(409, "job-cancelled"),
+    app_errors.ChildFailed: Row(500, "internal-error"),
+    app_errors.JobPermanentlyFailed: Row(500, "internal-error"),
+    app_errors.TrainingNotInstalled: Row(500, "internal-error"),
+    app_errors.WorkerNotAlive: Row(503, "worker-not-alive"),
     app_errors.DatabaseUnavailable: Row(503, "database-unavailable"),
     app_errors.StorageError: Row(503, "storage-unavailable"),
     app_errors.ObjectNotFound: Row(500, "stored-object-missing"),
@@ -107,17 +164,25 @@ TABLE: dict[type[Exception], Row] = {
     NotAcceptable: Row(406, "not-acceptable"),
     MalformedBody: Row(400, "body-malformed"),
     UnsupportedMediaType: Row(415, "media-type-unsupported"),
+    NotAnUpload: Row(415, "upload-media-type-unsupported"),
     PreconditionFailed: Row(412, "precondition-failed"),
     RangeNotSatisfiable: Row(416, "range-not-satisfiable"),
     NotReady: Row(503, "not-ready"),
 }
-HTTP_CODES = {400: "body-malformed", 404: "path-unknown", 405: "method-not-allowed", 413: "body-too-large"}
+HTTP_CODES = {
+    400: "body-malformed",
+    404: "path-unknown",
+    405: "method-not-allowed",
+    408: "body-stalled",
+    413: "body-too-large",
+}
 RETRY_AFTER_S = "5"
 PRIVATE_DETAIL = "the service could not do this; nothing is wrong with the request. The log has more under request_id"
 _SAID_BY_HTTP = {
     400: "the body is no JSON this service can read: it must be UTF-8, of moderate depth, with numbers of sane size",
     404: "there is nothing at this path; GET /openapi.json lists what there is",
     405: "this path does not know that method; the Allow header lists those it knows",
+    408: "the body did not arrive in time; send it again on a better connection",
     413: "the body is larger than this service reads",
 }
 
@@ -135,7 +200,7 @@ def row_of(error: Exception) -> Row:
     return next(TABLE[known] for known in type(error).__mro__ if known in TABLE)
 
 
-async def answer_known(_request: Request, error: Exception) -> Response:
+async def answer_known(_request: Request | None, error: Exception) -> Response:
     row = row_of(error)
     if row.public:
         return problem(row.status, row.code, str(error), _headers(error), **_extensions(error))
@@ -189,15 +254,29 @@ def _allowed(request: Request) -> dict[str, str]:
 
 
 def _headers(error: Exception) -> dict[str, str]:
-    return {"content-range": f"bytes */{error.size}"} if isinstance(error, RangeNotSatisfiable) else {}
+    match error:
+        case RangeNotSatisfiable():
+            return {"content-range": f"bytes */{error.size}"}
+        case app_errors.OffsetMismatch() | app_errors.UploadIncomplete():
+            return {"upload-offset": str(error.received_bytes)}
+        case app_errors.TooManyUploads():
+            return {"retry-after": RETRY_AFTER_S}
+        case app_errors.Unauthenticated():
+            return {"www-authenticate": "Bearer"}
+        case app_errors.TooManyRequests():
+            return {"retry-after": str(error.retry_after_s)}
+    return {}
 
 
 def _extensions(error: Exception) -> dict[str, object]:
-    if not isinstance(error, chains_errors.BudgetTooSmall):
-        return {}
-    return {
-        "limit": error.limit,
-        "requested": error.requested,
-        "smallest_available": error.smallest_available,
-        "chain": error.chain,
-    }
+    match error:
+        case chains_errors.BudgetTooSmall():
+            return {name: getattr(error, name) for name in ("limit", "requested", "smallest_available", "chain")}
+        case app_errors.AliasMoved():
+            changed_at = error.changed_at and error.changed_at.isoformat()
+            return {"chain": error.chain, "changed_at": changed_at, "changed_by": error.changed_by}
+        case app_errors.PromotionRefused():
+            return {"unknown": error.unknown}
+        case app_errors.InvalidJobRequest():
+            return {"errors": [field_error(mistake) for mistake in error.mistakes[:20]]}
+    return {}

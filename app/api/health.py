@@ -30,7 +30,7 @@ async def live() -> Live:
     return Live(version=software_version())
 
 
-@router.get("/ready", summary="Database and object store answer", responses=documented(503))
+@router.get("/ready", summary="Database and object store answer", responses=documented(429, 503))
 def ready(services: AllServices) -> Ready:
     """503 while the database is away or not migrated, or the object store does not answer."""
     try:

@@ -34,7 +34,7 @@ _HEADERS = {
         ("Widthwise-Params", "float initialiser elements", "integer"),
         ("Widthwise-Artifact-Bytes", "size of the file", "integer"),
         ("Widthwise-Peak-Activation-Bytes", "largest sum of values alive at once", "integer"),
-        ("Widthwise-Memory-Bytes-Bound", "conservative: 2.7 × weights plus activations", "integer"),
+        ("Widthwise-Memory-Bytes-Bound", "2.7 × weights plus activations", "integer"),
     )
 }
 _OF_ARTIFACT = {name: header for name, header in _HEADERS.items() if name != "Location"}

@@ -12,6 +12,8 @@ from pydantic.json_schema import models_json_schema
 from starlette.responses import Response
 from structlog.contextvars import get_contextvars
 
+from app.redaction import redact_keys
+
 MEDIA_TYPE = "application/problem+json"
 
 
@@ -61,7 +63,7 @@ def problem(
         "title": HTTPStatus(status).phrase,
         "status": status,
         "code": code,
-        "detail": detail,
+        "detail": redact_keys(detail),  # it may repeat what a client sent, and clients put keys in the wrong place
         "request_id": get_contextvars().get("request_id"),
         **extensions,
     }
@@ -75,7 +77,8 @@ def documented(*statuses: int) -> dict[int | str, dict[str, Any]]:
 
 
 def describe(openapi: dict[str, Any]) -> None:
-    """Put the components that `documented` refers to into a description, and take FastAPI's own 422 out of it.
+    """Put the components that `documented` refers to into a description, and what is answered around every handler,
+    and take FastAPI's own 422 out of it.
 
     FastAPI adds that one to every operation with parameters, also where no value can be wrong.
     """
@@ -87,3 +90,20 @@ def describe(openapi: dict[str, Any]) -> None:
     for operation in (operation for path in openapi["paths"].values() for operation in path.values()):
         if "application/json" in operation["responses"].get("422", {}).get("content", {}):
             del operation["responses"]["422"]
+        for status, answer in documented(*_around(operation)).items():
+            operation["responses"].setdefault(str(status), answer)
+        for answer in operation["responses"].values():
+            _without_item_schema(answer)
+
+
+def _without_item_schema(answer: dict[str, Any]) -> None:
+    """FastAPI describes the items of event streams by a word of OpenAPI 3.2, in a description that says it is 3.1."""
+    for media in answer.get("content", {}).values():
+        if media.pop("itemSchema", None) is not None:
+            media.setdefault("schema", {"type": "string"})
+
+
+def _around(operation: dict[str, Any]) -> list[int]:
+    """Statuses that no handler knows of: what the gate and the limits on bodies answer."""
+    guarded = [401, 403, 429, 503] if operation.get("security") else [403]
+    return guarded + ([408, 413] if "requestBody" in operation else [])

@@ -10,8 +10,10 @@ from pydantic import BaseModel, ConfigDict, Field
 
 from app.db.tables import ChainRow, WidthRow
 from app.errors import LatencyNotMeasurable
+from app.services.names import PATTERN
 from app.services.provision import Model, ModelRequest
 from app.services.registry import STABLE, Page
+from app.terms import ConsentBasis, Terms
 from chains.budget import Limits
 from chains.chain import WidthAccuracy
 from chains.cost import Costs
@@ -19,12 +21,16 @@ from chains.onnxfile import EmitOptions
 
 MAX_LIMIT = 2**63 - 1  # what databases and most clients can hold
 Limit = Annotated[int | None, Field(ge=1, le=MAX_LIMIT)]
+ONE_LINE = r"^[^\x00-\x1f\x7f]+$"  # of printable text
+NewName = Annotated[str, Field(pattern=PATTERN, description="lower-case letters, digits, `.`, `_`, `-`")]
+Sha256 = Annotated[str, Field(pattern="^[0-9a-f]{64}$")]
+License = Annotated[str, Field(max_length=200, pattern=ONE_LINE, description="the licence in its maker's words")]
 
 
 class RequestSchema(BaseModel):
-    """Base of request bodies."""
+    """Base of request bodies. What is not finite is no number: neither PostgreSQL's JSON nor ours can hold it."""
 
-    model_config = ConfigDict(extra="forbid", strict=True, frozen=True)
+    model_config = ConfigDict(extra="forbid", strict=True, frozen=True, allow_inf_nan=False)
 
 
 class LimitsIn(RequestSchema):
@@ -36,7 +42,8 @@ class LimitsIn(RequestSchema):
     max_artifact_bytes: Annotated[Limit, Field(description="size of the ONNX file")] = None
     max_peak_activation_bytes: Annotated[Limit, Field(description="largest sum of float32 values alive at once")] = None
     max_memory_bytes: Annotated[
-        Limit, Field(description="held against a conservative bound: 2.7 × weights (the load peak) plus activations")
+        Limit,
+        Field(description="held against 2.7 × weights (load peak) plus activations; the runtime's arenas come on top"),
     ] = None
     max_latency_ms: Annotated[
         float | None,
@@ -100,7 +107,7 @@ class CostsOut(BaseModel):
     weight_bytes: int
     peak_activation_bytes: int
     memory_bytes_bound: Annotated[
-        int, Field(description="conservative: 2.7 × weights (the load peak) plus activations")
+        int, Field(description="2.7 × weights (the load peak) plus activations; the runtime's arenas come on top")
     ]
 
     @classmethod
@@ -276,6 +283,11 @@ class ChainOut(BaseModel):
     embedding_dim: int
     image: ImageOut
     license: str
+    terms: Annotated[Terms, Field(description="what it may be used for: the strictest of what it was made from")]
+    consent_basis: Annotated[
+        ConsentBasis, Field(description="why the images of people it was made from may be used; the weakest of them")
+    ]
+    job: Annotated[str | None, Field(description="the job that made it; null: it was published as a file")]
     aliases: list[str]
     provenance: Annotated[dict[str, Any], Field(description="how the chain came to be, in its maker's words")]
     published_at: datetime

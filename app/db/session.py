@@ -19,8 +19,21 @@ from sqlalchemy.exc import TimeoutError as PoolTimeout
 from sqlalchemy.orm import Session, sessionmaker
 
 from app.errors import DatabaseUnavailable
+from app.tracing import span
 
 BUSY_TIMEOUT_MS = 10_000  # SQLite lets one writer in at a time; the others wait this long
+# A PostgreSQL whose machine vanished answers nothing, not even that a connection is gone: without these, a thread waits
+# for the kernel's quarter of an hour, or for ever.
+PATIENCE = {
+    "connect_timeout": 5,
+    "keepalives_idle": 10,
+    "keepalives_interval": 5,
+    "keepalives_count": 3,
+    "tcp_user_timeout": 25_000,  # ms
+    # A process that is stopped inside a transaction, or whose machine is, keeps its locks: its connection is alive. The
+    # server ends the transaction, longer after than any takes to look at a slow store.
+    "options": "-c idle_in_transaction_session_timeout=60000",
+}
 
 
 class Database:
@@ -42,7 +55,7 @@ class Database:
         The two errors that blame the values and not the database go through.
         """
         try:
-            with self._sessions.begin() as session:
+            with span("database.transaction"), self._sessions.begin() as session:
                 yield session
         except (IntegrityError, DataError):
             raise
@@ -56,10 +69,10 @@ class Database:
 def _engine(url: str) -> Engine:
     parsed = make_url(url)
     if parsed.get_backend_name() != "sqlite":
-        return create_engine(parsed, pool_pre_ping=True, connect_args={"connect_timeout": 5})
+        return create_engine(parsed, pool_pre_ping=True, hide_parameters=True, connect_args=PATIENCE)
     if parsed.database and parsed.database != ":memory:":
         Path(parsed.database).parent.mkdir(parents=True, exist_ok=True)
-    engine = create_engine(parsed)
+    engine = create_engine(parsed, hide_parameters=True)
     event.listen(engine, "connect", _configure_sqlite)
     return engine
 

@@ -21,6 +21,7 @@ class ChainCache:
         self._load = load
         self._max_bytes = max_bytes
         self._lock = Lock()
+        self.hits = self.misses = 0  # since the process started
         self._chains: OrderedDict[str, Future[StoredChain]] = OrderedDict()
 
     def get(self, digest: str) -> StoredChain:
@@ -29,6 +30,8 @@ class ChainCache:
             known = self._chains.get(digest)
             wanted = self._chains.setdefault(digest, Future()) if known is None else known
             self._chains.move_to_end(digest)
+            self.hits += known is not None
+            self.misses += known is None
         if known is None:
             self._fill(digest, wanted)
         return wanted.result()

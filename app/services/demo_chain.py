@@ -6,6 +6,8 @@ from importlib.resources import files
 
 from app.db.tables import ChainRow
 from app.services.registry import Registry
+from app.terms import Rights
+from chains import artifact
 
 DEMO_CHAIN = files("chains").joinpath("demo", "synthetic-r18.safetensors")
 
@@ -17,4 +19,6 @@ def publish_demo_chain_if_empty(registry: Registry) -> ChainRow | None:
     """
     if not registry.is_empty() or not DEMO_CHAIN.is_file():
         return None
-    return registry.publish(DEMO_CHAIN.read_bytes())
+    content = DEMO_CHAIN.read_bytes()
+    license_ = artifact.load(content).chain.license
+    return registry.publish(content, rights=Rights(license_, "any", "synthetic"))  # of people who do not exist

@@ -14,18 +14,20 @@ from datetime import UTC, datetime
 from typing import Any
 
 import structlog
-from sqlalchemy.exc import SQLAlchemyError
+from sqlalchemy.exc import IntegrityError, SQLAlchemyError
 
 from app.db.repositories import Models
 from app.db.session import Database
 from app.db.tables import ModelRow
-from app.errors import AppError, NotReproducible, UnknownModel
+from app.errors import AppError, NotReproducible, UnknownChain, UnknownModel
+from app.metrics import Metrics
 from app.services.registry import STABLE, Registry
+from app.tracing import span, traced_chunks
 from chains.artifact import StoredChain
 from chains.budget import Candidate, Limits, widest_that_fits
 from chains.chain import WidthAccuracy
 from chains.cost import Costs
-from chains.errors import ChainsError
+from chains.errors import BudgetTooSmall, ChainsError
 from chains.onnxfile import EmitOptions, OnnxPlan, plan
 from chains.width import Width
 
@@ -70,9 +72,10 @@ class Model:
 class Provision:
     """Answers limits with models."""
 
-    def __init__(self, database: Database, registry: Registry) -> None:
+    def __init__(self, database: Database, registry: Registry, metrics: Metrics) -> None:
         self._database = database
         self._registry = registry
+        self._metrics = metrics
 
     def provide(self, request: ModelRequest) -> Model:
         """The model for these limits, recorded so that it can be fetched by id.
@@ -80,8 +83,10 @@ class Provision:
         Raises `UnknownChain`, `BudgetTooSmall`, `UnsupportedOption`, `StorageError` and `DatabaseUnavailable`.
         """
         stored = self._registry.load_named(request.chain)
-        chosen = widest_that_fits(request.limits, candidates(stored, request.options), stored.chain.name)
-        made = plan(stored, chosen.width, request.options)
+        with span("provision.choose", chain=stored.chain.name):
+            chosen = self._choose(request, stored)
+        with span("provision.plan", chain=stored.chain.name, width=str(chosen.width)):
+            made = plan(stored, chosen.width, request.options)
         is_new, sha256 = self._record(made, stored, chosen.width)
         return Model(stored, chosen.width, request.options, made, sha256, is_new)
 
@@ -111,9 +116,17 @@ class Provision:
     def stream(self, model: Model, start: int = 0, stop: int | None = None) -> Iterator[bytes | memoryview]:
         """The bytes `[start:stop]` of the model's file, in slices of at most 256 KiB."""
         whole = start == 0 and stop in (None, model.plan.total_bytes)
-        if whole and model.artifact_sha256 is None:
-            return self._hashed(model)
-        return iter(model.plan.chunks(start, stop))
+        self._metrics.models.add(1, {"chain": model.stored.chain.name, "width": str(model.width)})
+        is_hashed = whole and model.artifact_sha256 is None
+        chunks = self._hashed(model) if is_hashed else iter(model.plan.chunks(start, stop))
+        return traced_chunks("provision.stream", chunks, chain=model.stored.chain.name, width=str(model.width))
+
+    def _choose(self, request: ModelRequest, stored: StoredChain) -> Candidate:
+        try:
+            return widest_that_fits(request.limits, candidates(stored, request.options), stored.chain.name)
+        except BudgetTooSmall as error:
+            self._metrics.refusals.add(1, {"limit": error.limit})
+            raise
 
     def _hashed(self, model: Model) -> Iterator[bytes | memoryview]:
         """All chunks; the digest is recorded before the last one leaves: who has the whole file finds it recorded."""
@@ -141,8 +154,11 @@ class Provision:
             known = Models(session).find(made.model_id)
         if known is not None:
             return False, known.artifact_sha256
-        with self._database.transaction() as session:
-            return Models(session).add_if_absent(_row(made, stored, width)), None
+        try:
+            with self._database.transaction() as session:
+                return Models(session).add_if_absent(_row(made, stored, width)), None
+        except IntegrityError as error:  # the chain was deleted since it was looked up
+            raise UnknownChain(stored.chain.name) from error
 
 
 def candidates(stored: StoredChain, options: EmitOptions) -> list[Candidate]:

@@ -1,33 +1,45 @@
 """The registry of published chains.
 
 A chain is published in one transaction, after its file is stored, read back and verified; until then nobody sees it.
+Before that transaction ends the file is looked for once more: see `app.services.stored` for why it could be gone.
 """
 
 from __future__ import annotations
 
-import re
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from datetime import UTC, datetime
-from typing import Any, TypeVar
+from typing import Any, TypeVar, get_args
 
 from sqlalchemy.exc import IntegrityError
+from sqlalchemy.orm import Session
 
+from app.actor import COMMAND_LINE, WORKER, Actor
+from app.db.audit import Audit
 from app.db.repositories import Aliases, Chains
 from app.db.session import Database
 from app.db.tables import ChainRow, WidthRow
-from app.errors import ChainNameTaken, InvalidPageToken, ReservedName, UnknownChain
+from app.errors import (
+    ChainInUse,
+    ChainNameTaken,
+    ChainRightsDiffer,
+    InvalidPageToken,
+    ReservedName,
+    UnknownChain,
+)
 from app.services.chain_cache import ChainCache
+from app.services.names import NAME
+from app.services.stored import put_and_name, require_stored
 from app.storage.port import CHUNK_BYTES, ObjectStore, content_key, read_verified
+from app.terms import UNKNOWN, ConsentBasis, Rights, Terms
 from chains import artifact
 from chains.artifact import StoredChain
 from chains.chain import Chain, Frontier, Thresholds
 from chains.onnxfile import EmitOptions, plan, require_finite
 from chains.width import Width
 
-STABLE = "stable"
-RESERVED_NAMES = frozenset({STABLE, "canary"})  # they are aliases, and a chain of that name would hide one
-_NAME = re.compile(r"[a-z0-9][a-z0-9._-]{0,62}")  # as the chain file format has it
+STABLE, CANARY = "stable", "canary"
+RESERVED_NAMES = frozenset({STABLE, CANARY})  # they are aliases, and a chain of that name would hide one
 Found = TypeVar("Found")
 
 
@@ -45,29 +57,55 @@ class Registry:
     def __init__(self, database: Database, store: ObjectStore, cache_bytes: int) -> None:
         self._database = database
         self._store = store
-        self._cache = ChainCache(self._read, cache_bytes)
+        self.cache = ChainCache(self._read, cache_bytes)
 
-    def publish(self, content: bytes) -> ChainRow:
-        """Publish a chain file; the first chain ever becomes `stable`. Publishing the same file again changes nothing.
+    def publish(
+        self,
+        content: bytes,
+        *,
+        rights: Rights | None = None,
+        job: str | None = None,
+        become_stable: bool = True,
+        by: Actor | None = None,
+    ) -> ChainRow:
+        """Publish a chain file. Publishing the same file again changes nothing, but that `rights` fill in what is
+        still unknown of a chain no job made.
 
+        rights: without them those the chain states itself, see `stated_rights`. become_stable: the alias `stable` goes
+        to this chain if it points at none yet; never to one that a job made.
         Raises the `ChainsError`s of a bad file, `NotCalibrated` when a width of the ladder has no statistics,
-        `ChainNameTaken`, `ReservedName`, `StorageError` and `DatabaseUnavailable`.
+        `ChainNameTaken`, `ChainRightsDiffer`, `ReservedName`, `StorageError` and `DatabaseUnavailable`.
         """
         stored = artifact.load(content)
         if stored.chain.name in RESERVED_NAMES:
             raise ReservedName(stored.chain.name)
-        row = _row(stored)
-        self._store.put(content_key(stored.digest), _slices(content), stored.digest)
-        read_verified(self._store, stored.digest)
+        by = by or (COMMAND_LINE if job is None else WORKER)
+
+        def put() -> None:
+            self._store.put(content_key(stored.digest), _slices(content), stored.digest)
+            read_verified(self._store, stored.digest)
+
+        def record() -> None:
+            row = _row(stored, rights or stated_rights(stored.chain), job)
+            self._record(row, rights, by, become_stable=become_stable and job is None)
+
+        put_and_name(put, record, again=(IntegrityError,))  # somebody else published just now
+        return self.find(stored.chain.name)
+
+    def delete(self, name: str, by: Actor) -> None:
+        """Delete a chain and its models. Its file goes with the next collection of garbage; history and audit stay.
+
+        Raises `UnknownChain`, and `ChainInUse` when an alias points at it or a job that has not ended names it.
+        """
         try:
-            return self._record(row)
-        except IntegrityError:  # somebody else published under this name just now
-            return self._record(_row(stored))
+            self._delete(name, by)
+        except IntegrityError:  # an alias came to point at it just now: the second look sees it
+            self._delete(name, by)
 
     def find(self, name: str) -> ChainRow:
         """The chain of that name or alias. Raises `UnknownChain`."""
         with self._database.transaction() as session:
-            return _known(name, Chains(session).find)
+            return known_chain(session, name)
 
     def load_named(self, name: str) -> StoredChain:
         """The chain of that name or alias, ready to expand. Raises `UnknownChain` and as `load`."""
@@ -77,7 +115,7 @@ class Registry:
 
     def page(self, after: str, size: int) -> Page:
         """Up to `size` chains whose names follow `after` (empty: from the first). Raises `InvalidPageToken`."""
-        if after and _NAME.fullmatch(after) is None:
+        if after and NAME.fullmatch(after) is None:
             raise InvalidPageToken
         with self._database.transaction() as session:
             found = Chains(session).page(after, size + 1)
@@ -89,11 +127,11 @@ class Registry:
 
     def load(self, digest: str) -> StoredChain:
         """The chain with that digest, from memory or the object store. Raises `StorageError` or `ChainFileError`."""
-        return self._cache.get(digest)
+        return self.cache.get(digest)
 
     def forget_loaded(self) -> None:
         """Drop every chain from memory; the next request reads its file again."""
-        self._cache.clear()
+        self.cache.clear()
 
     def prepare_storage(self) -> None:
         """Make the folder or bucket if it is not there yet. Raises `StorageError`."""
@@ -106,36 +144,96 @@ class Registry:
     def _read(self, digest: str) -> StoredChain:
         return artifact.load(read_verified(self._store, digest))
 
-    def _record(self, row: ChainRow) -> ChainRow:
+    def _record(self, row: ChainRow, rights: Rights | None, by: Actor, *, become_stable: bool) -> None:
+        """Raises `ObjectNotFound` when the file was taken for garbage before its row could protect it."""
         with self._database.transaction() as session:
             chains, aliases = Chains(session), Aliases(session)
             if (known := chains.find(row.name)) is not None:
-                return _same(known, row)
+                _agree(session, known, row, by if rights else None)
+                return
             chains.add(row)
-            if not aliases.exists(STABLE):
-                aliases.point(STABLE, row.name, row.published_at)
-        return self.find(row.name)
+            require_stored(session, self._store, row.digest)
+            if become_stable and not aliases.exists(STABLE):
+                aliases.point(STABLE, row.name, None, row.published_at, by.id)
+            Audit(session).add(by, "chain.publish", row.name, digest=row.digest, job=row.job, **_said(row))
+
+    def _delete(self, name: str, by: Actor) -> None:
+        with self._database.transaction() as session:
+            chains = Chains(session)
+            if NAME.fullmatch(name):
+                chains.lock(name)
+            row = known_chain(session, name)
+            if row.aliases:
+                raise ChainInUse(
+                    row.name, f"the alias '{row.aliases[0].alias}' points at it; promote another chain first"
+                )
+            for job in chains.unfinished_jobs():
+                if row.name in _texts(job.request):
+                    raise ChainInUse(row.name, f"job {job.id} is {job.state} and names it; wait for it or cancel it")
+            chains.delete(row.name)
+            Audit(session).add(by, "chain.delete", row.name, digest=row.digest, **_said(row))
+
+
+def stated_rights(chain: Chain) -> Rights:
+    """The chain's own licence, and `terms` and `consent_basis` where its provenance states them; else unknown."""
+    terms, basis = chain.provenance.get("terms"), chain.provenance.get("consent_basis")
+    return Rights(chain.license, _one_of(get_args(Terms), terms), _one_of(get_args(ConsentBasis), basis))
+
+
+def _one_of(known: tuple[Any, ...], stated: object) -> Any:
+    return stated if stated in known else UNKNOWN
+
+
+def known_chain(session: Session, name: str) -> ChainRow:
+    """The chain of that name or alias. Raises `UnknownChain`."""
+    return _known(name, Chains(session).find)
 
 
 def _known(name: str, find: Callable[[str], Found | None]) -> Found:
     """What `find` finds; names no chain can have are not even looked for. Raises `UnknownChain`."""
-    found = find(name) if _NAME.fullmatch(name) else None
+    found = find(name) if NAME.fullmatch(name) else None
     if found is None:
         raise UnknownChain(name)
     return found
 
 
-def _same(known: ChainRow, offered: ChainRow) -> ChainRow:
+def _agree(session: Session, known: ChainRow, offered: ChainRow, by: Actor | None) -> None:
+    """Fill in rights that `by` states and that are still unknown of `known`. Raises `ChainNameTaken` for another file
+    and `ChainRightsDiffer` for other rights."""
     if known.digest != offered.digest:
         raise ChainNameTaken(known.name, known.digest, offered.digest)
-    return known
+    before = _said(known)
+    for name, stated in _said(offered).items() if by else ():
+        if stated in (UNKNOWN, before[name]):
+            continue
+        if before[name] != UNKNOWN or known.job is not None:
+            raise ChainRightsDiffer(known.name, name, before[name], stated)
+        setattr(known, name, stated)
+    if by and _said(known) != before:
+        Audit(session).add(by, "chain.state-rights", known.name, **_said(known))
+
+
+def _said(row: ChainRow) -> dict[str, str]:
+    return {"terms": row.terms, "consent_basis": row.consent_basis}
+
+
+def _texts(value: object) -> Iterator[str]:
+    """Every text in a JSON value: requests name chains under many fields."""
+    if isinstance(value, str):
+        yield value
+    elif isinstance(value, Mapping):
+        for part in value.values():
+            yield from _texts(part)
+    elif isinstance(value, list):
+        for part in value:
+            yield from _texts(part)
 
 
 def _slices(content: bytes) -> Iterator[bytes]:
     return (content[start : start + CHUNK_BYTES] for start in range(0, len(content), CHUNK_BYTES))
 
 
-def _row(stored: StoredChain) -> ChainRow:
+def _row(stored: StoredChain, rights: Rights, job: str | None) -> ChainRow:
     chain = stored.chain
     return ChainRow(
         name=chain.name,
@@ -146,7 +244,10 @@ def _row(stored: StoredChain) -> ChainRow:
         teacher_width=str(chain.teacher),
         embedding_dim=chain.embedding_dim,
         embedding_space=chain.embedding_space,
-        license=chain.license,
+        license=rights.license,
+        terms=rights.terms,
+        consent_basis=rights.consent_basis,
+        job=job,
         input=asdict(chain.input),
         measurement=_measurement(chain.frontier),
         provenance=dict(chain.provenance),

@@ -2,7 +2,7 @@
 
 An object is written beside its place under a name no key can have (it begins with a dot), flushed to the disk, and
 then hard-linked to its name: `link` fails when the name is taken, so of two writers exactly one stores and no reader
-ever sees half a file, also after a power cut.
+ever sees half a file, also after a power cut. The age of an object is the age of its file.
 """
 
 from __future__ import annotations
@@ -11,11 +11,14 @@ import os
 import tempfile
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager, suppress
+from datetime import UTC, datetime
 from pathlib import Path
 from stat import S_ISREG
 
 from app.errors import ObjectNotFound, StorageUnavailable
 from app.storage.port import CHUNK_BYTES, ObjectStat, checked_key, copy_hashed
+
+_DRAFT = ".put-"
 
 
 class LocalStore:
@@ -40,11 +43,11 @@ class LocalStore:
         path = self._path(key)
         with _storage_errors():
             path.parent.mkdir(parents=True, exist_ok=True)
-            with tempfile.NamedTemporaryFile(dir=path.parent, prefix=".put-") as file:
+            with tempfile.NamedTemporaryFile(dir=path.parent, prefix=_DRAFT) as file:
                 copy_hashed(chunks, file, sha256)
                 file.flush()
                 os.fsync(file.fileno())
-                return _link_if_absent(Path(file.name), path)
+                return _link_or_touch(Path(file.name), path)
 
     def stat(self, key: str) -> ObjectStat:
         path = self._path(key)
@@ -52,7 +55,7 @@ class LocalStore:
             found = path.stat()
         if not S_ISREG(found.st_mode):
             raise ObjectNotFound(f"no object at {path}")
-        return ObjectStat(key, found.st_size)
+        return ObjectStat(key, found.st_size, datetime.fromtimestamp(found.st_mtime, UTC))
 
     def delete(self, key: str) -> None:
         path = self._path(key)
@@ -69,17 +72,36 @@ class LocalStore:
             keys = sorted(file.relative_to(self._root).as_posix() for file in files if not file.name.startswith("."))
         return (key for key in keys if key.startswith(prefix))
 
+    def drop_drafts(self, before: datetime, *, dry_run: bool = False) -> int:
+        with _storage_errors():
+            drafts = [path for path in self._root.rglob(f"{_DRAFT}*") if _is_older(path, before)]
+            for path in drafts if not dry_run else ():
+                path.unlink(missing_ok=True)
+        return len(drafts)
+
     def _path(self, key: str) -> Path:
         return self._root / checked_key(key)
 
 
-def _link_if_absent(source: Path, target: Path) -> bool:
+def _link_or_touch(source: Path, target: Path) -> bool:
+    """True when `target` was not there; else its age begins anew. Tries again when it is deleted between the two."""
+    while True:
+        try:
+            os.link(source, target)
+        except FileExistsError:
+            with suppress(FileNotFoundError):
+                os.utime(target)
+                return False
+        else:
+            _sync_folder(target.parent)
+            return True
+
+
+def _is_older(path: Path, than: datetime) -> bool:
     try:
-        os.link(source, target)
-    except FileExistsError:
+        return path.stat().st_mtime < than.timestamp()
+    except FileNotFoundError:  # its writer has just finished
         return False
-    _sync_folder(target.parent)
-    return True
 
 
 def _sync_folder(folder: Path) -> None:

@@ -1,4 +1,4 @@
-"""The object-store port: what the service asks of a store, in five verbs.
+"""The object-store port: what the service asks of a store, in six verbs.
 
 The one surprise: `put` is told the sha256 beforehand and nothing becomes visible unless the bytes have it. Stores are
 not trusted to keep bytes intact either: `read_verified` hashes what comes back. Conditional writes of S3 servers differ
@@ -11,6 +11,8 @@ import hashlib
 import re
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
+from datetime import datetime
+from pathlib import Path
 from typing import Protocol
 
 from app.errors import InvalidKey, ObjectCorrupt
@@ -23,10 +25,11 @@ _SHA256 = re.compile(r"[0-9a-f]{64}")
 
 @dataclass(frozen=True)
 class ObjectStat:
-    """What a store knows of an object without reading it."""
+    """What a store knows of an object without reading it. modified_at: in UTC, by the store's clock."""
 
     key: str
     size_bytes: int
+    modified_at: datetime
 
 
 class Sink(Protocol):
@@ -48,9 +51,11 @@ class ObjectStore(Protocol):
         """Yield the bytes `[start:stop]` as slicing would give them. Raises `ObjectNotFound` at the first chunk."""
 
     def put(self, key: str, chunks: Iterable[bytes], sha256: str) -> bool:
-        """Store the chunks; True when stored, False when the key was taken, which leaves the stored object as it is.
+        """Store the chunks; True when stored, False when the key was taken, which leaves the stored bytes as they are.
 
-        Raises `ObjectCorrupt`, and stores nothing, when the chunks do not have the digest `sha256` (64 hex).
+        A content-addressed object that was there is as good as stored just now: its age begins anew, so that garbage
+        collection leaves it alone until the caller has recorded it. Raises `ObjectCorrupt`, and stores nothing, when
+        the chunks do not have the digest `sha256` (64 hex).
         """
 
     def stat(self, key: str) -> ObjectStat:
@@ -61,6 +66,9 @@ class ObjectStore(Protocol):
 
     def list(self, prefix: str = "") -> Iterator[str]:
         """Yield the keys that begin with `prefix`, in ascending order."""
+
+    def drop_drafts(self, before: datetime, *, dry_run: bool = False) -> int:
+        """Remove what writers left that were killed in a `put` before that moment; how many such drafts there were."""
 
 
 def content_key(sha256: str) -> str:
@@ -95,3 +103,18 @@ def copy_hashed(chunks: Iterable[bytes], target: Sink, sha256: str) -> int:
     if digest.hexdigest() != sha256:
         raise ObjectCorrupt(f"{size} bytes were announced as sha256 {sha256} and have {digest.hexdigest()}")
     return size
+
+
+def fetch_to(store: ObjectStore, sha256: str, path: Path) -> None:
+    """Make the content-addressed object the file `path`, which until it is whole stays as it was.
+
+    Raises `ObjectNotFound`, `ObjectCorrupt`, `StorageUnavailable` and `OSError`.
+    """
+    path.parent.mkdir(parents=True, exist_ok=True)
+    beside = path.with_name(f".{path.name}.part")
+    try:
+        with beside.open("wb") as file:
+            copy_hashed(store.get(content_key(sha256)), file, sha256)
+        beside.replace(path)
+    finally:
+        beside.unlink(missing_ok=True)

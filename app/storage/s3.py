@@ -2,7 +2,8 @@
 
 What is put is spooled and hashed before anything is sent, so a wrong digest stores nothing. `put` looks before it
 writes and does not use conditional writes, which some servers get wrong: two racing writers of one key may both write.
-Under a content-addressed key both write the same bytes.
+Under a content-addressed key both write the same bytes. To begin the age of such an object anew it is sent again: not
+every server counts a copy onto itself as a change.
 """
 
 from __future__ import annotations
@@ -10,6 +11,7 @@ from __future__ import annotations
 import tempfile
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
+from datetime import UTC, datetime, timedelta
 from typing import TYPE_CHECKING
 
 import boto3
@@ -19,12 +21,13 @@ from botocore.config import Config
 from botocore.exceptions import BotoCoreError, ClientError
 
 from app.errors import ObjectNotFound, StorageUnavailable
-from app.storage.port import CHUNK_BYTES, ObjectStat, checked_key, copy_hashed
+from app.storage.port import CHUNK_BYTES, ObjectStat, checked_key, content_key, copy_hashed
 
 if TYPE_CHECKING:
     from mypy_boto3_s3 import S3Client
 
 SPOOL_BYTES = 16 * 1024**2  # above this a put is spooled to a temporary file instead of memory
+YOUNG = timedelta(minutes=10)  # far below any grace time of garbage collection: what is younger is not sent again
 _MISSING = frozenset({"404", "NoSuchKey", "NotFound"})
 _BEYOND_END = frozenset({"416", "InvalidRange"})
 
@@ -35,16 +38,16 @@ class S3Store:
     def __init__(self, bucket: str, prefix: str = "", endpoint_url: str | None = None) -> None:
         self._bucket = bucket
         self._prefix = f"{prefix.strip('/')}/" if prefix.strip("/") else ""
-        with _storage_errors():
-            self._client = _client(endpoint_url)
+        with s3_errors():
+            self._client = s3_client(endpoint_url)
 
     def prepare(self) -> None:
         """Make the bucket when it is missing. Raises `StorageUnavailable`, also when making buckets is not allowed."""
         try:
-            with _storage_errors():
+            with s3_errors():
                 self._client.head_bucket(Bucket=self._bucket)
         except ObjectNotFound:
-            with _storage_errors():
+            with s3_errors():
                 self._client.create_bucket(Bucket=self._bucket)
 
     def get(self, key: str, start: int = 0, stop: int | None = None) -> Iterator[bytes]:
@@ -52,7 +55,7 @@ class S3Store:
             self.stat(key)
             return
         last = "" if stop is None else stop - 1
-        with _storage_errors():
+        with s3_errors():
             try:
                 found = self._client.get_object(Bucket=self._bucket, Key=self._name(key), Range=f"bytes={start}-{last}")
             except ClientError as error:
@@ -64,25 +67,27 @@ class S3Store:
     def put(self, key: str, chunks: Iterable[bytes], sha256: str) -> bool:
         name = self._name(key)
         with tempfile.SpooledTemporaryFile(max_size=SPOOL_BYTES) as file:
-            copy_hashed(chunks, file, sha256)
-            if self._exists(key):
+            with s3_errors():  # the disk may be full
+                copy_hashed(chunks, file, sha256)
+            known = self._known(key)
+            if known is not None and (key != content_key(sha256) or _is_young(known)):
                 return False
             file.seek(0)
-            with _storage_errors():
+            with s3_errors():
                 self._client.upload_fileobj(file, self._bucket, name, Config=TransferConfig(use_threads=False))
-        return True
+        return known is None
 
     def stat(self, key: str) -> ObjectStat:
-        with _storage_errors():
+        with s3_errors():
             found = self._client.head_object(Bucket=self._bucket, Key=self._name(key))
-        return ObjectStat(key, found["ContentLength"])
+        return ObjectStat(key, found["ContentLength"], found["LastModified"].astimezone(UTC))
 
     def delete(self, key: str) -> None:
-        with _storage_errors():
+        with s3_errors():
             self._client.delete_object(Bucket=self._bucket, Key=self._name(key))
 
     def list(self, prefix: str = "") -> Iterator[str]:
-        with _storage_errors():
+        with s3_errors():
             pages = self._client.get_paginator("list_objects_v2").paginate(
                 Bucket=self._bucket, Prefix=self._prefix + prefix
             )
@@ -90,18 +95,29 @@ class S3Store:
                 for item in page.get("Contents", []):
                     yield item["Key"].removeprefix(self._prefix)
 
-    def _exists(self, key: str) -> bool:
+    def drop_drafts(self, before: datetime, *, dry_run: bool = False) -> int:
+        """Parts of large objects whose last part never came; they cost space and are in no list."""
+        with s3_errors():
+            pages = self._client.get_paginator("list_multipart_uploads").paginate(
+                Bucket=self._bucket, Prefix=self._prefix
+            )
+            drafts = [draft for page in pages for draft in page.get("Uploads", []) if draft["Initiated"] < before]
+            for draft in drafts if not dry_run else ():
+                self._client.abort_multipart_upload(Bucket=self._bucket, Key=draft["Key"], UploadId=draft["UploadId"])
+        return len(drafts)
+
+    def _known(self, key: str) -> ObjectStat | None:
         try:
-            self.stat(key)
+            return self.stat(key)
         except ObjectNotFound:
-            return False
-        return True
+            return None
 
     def _name(self, key: str) -> str:
         return self._prefix + checked_key(key)
 
 
-def _client(endpoint_url: str | None) -> S3Client:
+def s3_client(endpoint_url: str | None) -> S3Client:
+    """A client of that server, or of the provider's own. Raises `StorageUnavailable` for what is no URL."""
     # Servers other than AWS often know neither virtual-host buckets nor boto3's default checksums, which break ranged
     # reads on some; we check our own sha256 in any case.
     foreign = Config(
@@ -118,12 +134,17 @@ def _client(endpoint_url: str | None) -> S3Client:
         raise StorageUnavailable("WIDTHWISE_S3_ENDPOINT_URL is no http URL") from error
 
 
+def _is_young(found: ObjectStat) -> bool:
+    return datetime.now(UTC) - found.modified_at < YOUNG
+
+
 def _code(error: ClientError) -> str:
     return str(error.response.get("Error", {}).get("Code", ""))
 
 
 @contextmanager
-def _storage_errors() -> Iterator[None]:
+def s3_errors() -> Iterator[None]:
+    """What goes wrong with the server inside the block, as `StorageError`."""
     try:
         yield
     except ClientError as error:

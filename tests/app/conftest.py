@@ -14,6 +14,7 @@ import urllib.request
 import uuid
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import partialmethod
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -21,13 +22,21 @@ import pytest
 from fastapi import FastAPI
 from fastapi.testclient import TestClient
 
-from app.db.migrate import migrate
-from app.main import create_app
+from app.main import create_app, prepare
 from app.settings import Settings
 from chains import artifact
 from chains.testing import pico_chain
 
 START_TIMEOUT_S = 60
+
+
+@pytest.fixture(scope="session", autouse=True)
+def test_clients_are_on_this_machine() -> Iterator[None]:
+    """By default they say that `testclient` asks `testserver`; an open server answers loopback alone."""
+    with pytest.MonkeyPatch.context() as patch:
+        here = partialmethod(TestClient.__init__, base_url="http://localhost", client=("127.0.0.1", 50000))
+        patch.setattr(TestClient, "__init__", here)
+        yield
 
 
 @pytest.fixture(autouse=True)
@@ -59,8 +68,7 @@ def make_app(tmp_path: Path, chain_file: bytes) -> Iterator[Callable[..., FastAP
 def _prepared(settings: Settings, chain_file: bytes) -> FastAPI:
     app = create_app(settings)
     services = app.state.services
-    migrate(services.database)
-    services.registry.prepare_storage()
+    prepare(services)
     services.registry.publish(chain_file)
     return app
 
@@ -148,7 +156,8 @@ def throw_away_postgres() -> Iterator[int]:
     serve = [postgres, "-D", data, "-p", str(port), "-c", "listen_addresses=127.0.0.1", "-c", "fsync=off"]
     try:
         subprocess.run(make, check=True, capture_output=True, cwd=home, **as_user)
-        with running([*serve, "-c", f"unix_socket_directories={home}"], lambda: accepts(port), cwd=home, **as_user):
+        serve += ["-c", f"unix_socket_directories={home}"]
+        with running(serve, lambda: takes_queries(port), cwd=home, **as_user):
             yield port
     finally:
         shutil.rmtree(home, ignore_errors=True)
@@ -200,10 +209,15 @@ def free_port() -> int:
         return int(probe.getsockname()[1])
 
 
-def accepts(port: int) -> bool:
-    with socket.socket() as probe:
-        probe.settimeout(1)
-        return probe.connect_ex(("127.0.0.1", port)) == 0
+def takes_queries(port: int) -> bool:
+    """A PostgreSQL server accepts connections a moment before it lets anybody in."""
+    import psycopg
+
+    try:
+        psycopg.connect(host="127.0.0.1", port=port, user="widthwise", dbname="postgres", connect_timeout=2).close()
+    except psycopg.OperationalError:
+        return False
+    return True
 
 
 def answers(url: str) -> bool:

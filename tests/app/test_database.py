@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
+import time
 from concurrent.futures import ThreadPoolExecutor
 from datetime import UTC, datetime, timedelta, timezone
 from pathlib import Path
@@ -12,16 +13,18 @@ from pathlib import Path
 import pytest
 from alembic.autogenerate import compare_metadata
 from alembic.runtime.migration import MigrationContext
-from sqlalchemy import inspect, select
+from sqlalchemy import insert, inspect, select, text
+from sqlalchemy.exc import IntegrityError
 
+from app.db import migrate as migrate_module
 from app.db.migrate import downgrade, is_current, migrate
 from app.db.repositories import Aliases, Chains, Models
 from app.db.session import Database
-from app.db.tables import AliasChangeRow, Base, ChainRow, ModelRow, WidthRow
+from app.db.tables import AliasChangeRow, AliasRow, Base, ChainRow, ModelRow, WidthRow
 from app.errors import DatabaseUnavailable
 
 ROOT = Path(__file__).parents[2]
-TABLES = {"chains", "widths", "aliases", "alias_history", "models"}
+TABLES = set(Base.metadata.tables)
 
 
 @pytest.fixture(params=["sqlite", "postgresql"])
@@ -98,6 +101,62 @@ def test_migrating_twice_changes_nothing(database: Database) -> None:
     migrate(database)
     migrate(database)
     assert is_current(database)
+
+
+def test_a_database_that_a_newer_version_migrated_is_served_as_it_is(database: Database) -> None:
+    """As during an upgrade, or after going back from one: this version answers, and may be started anew."""
+    migrate(database)
+    with database.engine.begin() as connection:
+        connection.execute(text("UPDATE alembic_version SET version_num = '9999'"))
+    before = tables(database)
+    assert is_current(database)
+    migrate(database)
+    assert is_current(database)
+    assert tables(database) == before
+    with database.engine.begin() as connection:
+        connection.execute(text("UPDATE alembic_version SET version_num = '0002'"))
+    assert not is_current(database)
+
+
+def test_a_migration_that_waits_for_a_backup_lets_everybody_else_pass(
+    postgres_url: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Who waits for a table on PostgreSQL makes all others wait behind, the old version's every request."""
+    monkeypatch.setattr(migrate_module, "PAUSE_S", 0.2)
+    database = Database(postgres_url)
+    migrate(database, "0002")
+    with ThreadPoolExecutor(1) as other:
+        with database.engine.connect() as backup:
+            backup.execute(text("LOCK TABLE models IN ACCESS SHARE MODE"))  # as pg_dump does, for as long as it takes
+            migrated = other.submit(migrate, database)
+            time.sleep(0.5)
+            with database.engine.begin() as served:
+                served.execute(text("SET LOCAL statement_timeout = '10s'"))
+                served.execute(text("SELECT count(*) FROM models"))
+            assert not migrated.done()
+        migrated.result(30)
+    assert is_current(database)
+    database.dispose()
+
+
+def test_an_error_of_the_database_repeats_no_values(database: Database) -> None:
+    """They would be in the log: of a job's request, of a data set's place."""
+    migrate(database)
+    with pytest.raises(IntegrityError) as caught, database.transaction() as session:
+        session.execute(insert(AliasRow).values(alias="stable", chain="somebodys-own-chain"))
+    assert "INSERT INTO aliases" in str(caught.value)
+    assert "parameters:" not in str(caught.value)
+
+
+def test_a_postgresql_server_that_vanished_is_noticed(postgres_url: str) -> None:
+    """The kernel alone would wait a quarter of an hour for an answer."""
+    database = Database(postgres_url)
+    with database.engine.connect() as connection:
+        asked = connection.connection.driver_connection.info.get_parameters()
+    database.dispose()
+    assert int(asked["tcp_user_timeout"]) <= 30_000
+    patience_s = int(asked["keepalives_idle"]) + int(asked["keepalives_interval"]) * int(asked["keepalives_count"])
+    assert patience_s <= 30
 
 
 def test_servers_that_start_at_once_migrate_once(database: Database, tmp_path: Path) -> None:
@@ -195,15 +254,16 @@ def test_an_alias_moves_and_remembers(database: Database) -> None:
     with database.transaction() as session:
         for name in ("a", "b"):
             Chains(session).add(chain(name))
-        Aliases(session).point("stable", "a", now)
+        Aliases(session).point("stable", "a", None, now, "me")
     with database.transaction() as session:
-        Aliases(session).point("stable", "b", now)
+        Aliases(session).point("stable", "b", "a", now, "you")
     with database.transaction() as session:
         found = Chains(session).find("stable")
         assert found is not None
         assert (found.name, [alias.alias for alias in found.aliases]) == ("b", ["stable"])
         history = session.scalars(select(AliasChangeRow).order_by(AliasChangeRow.id)).all()
-        assert [(change.previous, change.chain) for change in history] == [(None, "a"), ("a", "b")]
+        moves = [(change.previous, change.chain, change.changed_by) for change in history]
+        assert moves == [(None, "a", "me"), ("a", "b", "you")]
 
 
 def test_chains_come_in_pages(database: Database) -> None:

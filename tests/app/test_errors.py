@@ -125,7 +125,7 @@ def test_whatever_goes_wrong_the_answer_is_a_problem(
         ("/models", {"POST"}),
         ("/models/x", {"GET"}),
         ("/models/x/artifact", {"GET", "HEAD"}),
-        ("/chains/x", {"GET"}),
+        ("/chains/x/frontier", {"GET"}),
         ("/openapi.json", {"GET", "HEAD"}),
     ],
 )

@@ -8,6 +8,7 @@ import json
 import re
 import uuid
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -20,8 +21,9 @@ from fastapi.testclient import TestClient
 
 from app.errors import DatabaseUnavailable
 from app.services.provision import Provision
-from chains import onnxfile
+from chains import artifact, onnxfile
 from chains.onnxfile import OnnxPlan
+from chains.testing import contract_chain
 
 ROOMY = {"limits": {"max_macs": 10**9}}
 AS_JSON = {"accept": "application/json"}
@@ -304,3 +306,26 @@ def test_a_model_of_another_writer_version_is_gone(client: TestClient, monkeypat
     for path in (location, f"{location}/artifact"):
         answer = client.get(path)
         assert (answer.status_code, answer.json()["code"]) == (410, "model-not-reproducible")
+
+
+@pytest.mark.parametrize("architecture", ["resnet50_ibn_a", "mobilenetv2", "osnet", "vit_tiny"])
+def test_every_family_is_served_by_budget(app: FastAPI, architecture: str) -> None:
+    """Depthwise layers, gates, instance norms, heads: the device sees the same call and an ONNX file that fits."""
+    chain = replace(contract_chain(architecture), name=architecture.replace("_", "-"))
+    app.state.services.registry.publish(artifact.dump(chain))
+    with TestClient(app) as client:
+        name = chain.name
+        frontier = client.get(f"/chains/{name}/frontier").json()["widths"]
+        assert [row["width"] for row in frontier] == [str(width) for width in chain.ladder]
+        for row in frontier:
+            answer = client.post("/models", json={"chain": name, "limits": {"max_macs": row["costs"]["macs"]}})
+            assert answer.status_code == 200
+            assert answer.headers["widthwise-width"] == row["width"]
+            assert len(answer.content) == row["costs"]["artifact_bytes"]
+            shape = (2, 3, chain.input.height, chain.input.width)
+            embeddings = run(answer.content, np.random.default_rng(0).standard_normal(shape, dtype=np.float32))
+            assert embeddings.shape == (2, chain.embedding_dim)
+            assert np.isfinite(embeddings).all()
+        below = client.post("/models", json={"chain": name, "limits": {"max_macs": frontier[0]["costs"]["macs"] - 1}})
+        assert below.status_code == 422
+        assert below.json()["smallest_available"] == frontier[0]["costs"]["macs"]

@@ -8,16 +8,31 @@ import pytest
 from fastapi.testclient import TestClient
 from openapi_spec_validator import validate
 
-ERRORS = {
-    ("/models", "post"): {"400", "404", "406", "413", "415", "422", "500", "503"},
-    ("/models/{model_id}", "get"): {"404", "410", "500", "503"},
-    ("/models/{model_id}/artifact", "get"): {"404", "410", "412", "416", "500", "503"},
-    ("/models/{model_id}/artifact", "head"): {"404", "410", "412", "500", "503"},
-    ("/chains", "get"): {"422", "500", "503"},
-    ("/chains/{name}", "get"): {"404", "500", "503"},
-    ("/chains/{name}/frontier", "get"): {"404", "500", "503"},
-    ("/health/live", "get"): set(),
-    ("/health/ready", "get"): {"503"},
+PROBES = {"/health/live", "/health/ready"}
+AROUND_EVERY_HANDLER = {"401", "403", "429", "503"}
+AROUND_EVERY_BODY = {"408", "413"}
+BY_THE_HANDLER = {
+    ("/models", "post"): {"400", "404", "406", "415", "422", "500"},
+    ("/models/{model_id}", "get"): {"404", "410", "500"},
+    ("/models/{model_id}/artifact", "get"): {"404", "410", "412", "416", "500"},
+    ("/models/{model_id}/artifact", "head"): {"404", "410", "412", "500"},
+    ("/chains", "get"): {"422", "500"},
+    ("/chains/{name}", "get"): {"404", "500"},
+    ("/chains/{name}/frontier", "get"): {"404", "500"},
+    ("/chains/{name}", "delete"): {"404", "409", "500"},
+    ("/chains/{name}/aliases/{alias}", "put"): {"400", "404", "409", "415", "422", "500"},
+    ("/aliases", "get"): {"500"},
+    ("/aliases/{alias}", "delete"): {"404", "409", "500"},
+    ("/aliases/{alias}/history", "get"): {"404", "422", "500"},
+    ("/aliases/{alias}/rollback", "post"): {"400", "404", "409", "415", "422", "500"},
+    ("/garbage-collection", "post"): {"400", "415", "422", "500"},
+    ("/keys", "get"): {"422", "500"},
+    ("/keys", "post"): {"400", "415", "422", "500"},
+    ("/keys/{key_id}", "get"): {"404", "500"},
+    ("/keys/{key_id}", "delete"): {"404", "500"},
+    ("/keys/{key_id}/rotate", "post"): {"400", "404", "409", "415", "422", "500"},
+    ("/audit", "get"): {"422", "500"},
+    ("/metrics", "get"): {"500"},
 }
 
 
@@ -31,16 +46,35 @@ def test_it_is_valid_openapi(description: dict[str, Any]) -> None:
     validate(description)
 
 
-def test_every_operation_documents_its_errors_as_problems(description: dict[str, Any]) -> None:
-    found = {(path, method): op for path, methods in description["paths"].items() for method, op in methods.items()}
-    assert found.keys() == ERRORS.keys()
-    for key, operation in found.items():
-        errors = {status: answer for status, answer in operation["responses"].items() if status >= "400"}
-        assert errors.keys() == ERRORS[key], key
-        for answer in errors.values():
-            schema = answer["content"]["application/problem+json"]["schema"]
-            assert schema == {"$ref": "#/components/schemas/Problem"}
-            assert "application/json" not in answer["content"]
+def errors_of(operation: dict[str, Any]) -> dict[str, Any]:
+    return {status: answer for status, answer in operation["responses"].items() if status >= "400"}
+
+
+def test_every_error_is_documented_as_a_problem(description: dict[str, Any]) -> None:
+    for path, methods in description["paths"].items():
+        for method, operation in methods.items():
+            for answer in errors_of(operation).values():
+                schema = answer["content"]["application/problem+json"]["schema"]
+                assert schema == {"$ref": "#/components/schemas/Problem"}, (path, method)
+                assert "application/json" not in answer["content"], (path, method)
+
+
+def test_every_operation_documents_what_is_answered_around_it(description: dict[str, Any]) -> None:
+    for path, methods in description["paths"].items():
+        for method, operation in methods.items():
+            around = ({"403"} if path in PROBES else AROUND_EVERY_HANDLER) | (
+                AROUND_EVERY_BODY if "requestBody" in operation else set()
+            )
+            assert around <= errors_of(operation).keys(), (path, method)
+    assert errors_of(description["paths"]["/health/live"]["get"]).keys() == {"403"}
+    assert errors_of(description["paths"]["/health/ready"]["get"]).keys() == {"403", "429", "503"}
+
+
+@pytest.mark.parametrize(("path", "method"), BY_THE_HANDLER)
+def test_an_operation_documents_its_own_errors(description: dict[str, Any], path: str, method: str) -> None:
+    operation = description["paths"][path][method]
+    around = AROUND_EVERY_HANDLER | (AROUND_EVERY_BODY if "requestBody" in operation else set())
+    assert errors_of(operation).keys() == BY_THE_HANDLER[path, method] | around
 
 
 def test_examples_are_requests_that_work(shared_client: TestClient, description: dict[str, Any]) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import http.client
 import json
 import os
+import re
 import signal
 import socket
 import subprocess
@@ -34,7 +35,7 @@ app = create_app()
 migrate(app.state.services.database)
 app.state.services.registry.prepare_storage()
 app.state.services.registry.publish(open(sys.argv[1], "rb").read())
-with TestClient(app) as client:
+with TestClient(app, base_url="http://localhost", client=("127.0.0.1", 50000)) as client:
     assert client.post("/models", json={"limits": {"max_macs": 10**9}}).status_code == 200
     assert client.get("/chains/stable/frontier").status_code == 200
 heavy = {"torch", "boto3", "onnxruntime", "scipy"} & sys.modules.keys()
@@ -144,8 +145,8 @@ def test_serve_migrates_answers_and_stops(environment: dict[str, str], tmp_path:
         status, content = ask(address, "POST", "/models", ROOMY)
         assert status == 200
         assert len(content) > 500_000
-    assert "path=/models" in log.read_text()
-    assert "status=200" in log.read_text()
+    requests = [line for line in map(json.loads, log.read_text().splitlines()) if line["event"] == "request"]
+    assert ("/models", 200) in {(line["path"], line["status"]) for line in requests}
 
 
 def test_the_printed_curl_line_gives_the_model(
@@ -161,7 +162,8 @@ def go_away_after(address: tuple[str, int], received: int) -> None:
     """Ask for the file, read some of it, and reset the connection."""
     payload = json.dumps(ROOMY).encode()
     head = (
-        f"POST /models HTTP/1.1\r\nHost: x\r\nContent-Type: application/json\r\nContent-Length: {len(payload)}\r\n\r\n"
+        "POST /models HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/json\r\n"
+        f"Content-Length: {len(payload)}\r\n\r\n"
     )
     with socket.create_connection(address) as client:
         client.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, b"\1\0\0\0\0\0\0\0")
@@ -197,7 +199,7 @@ def test_a_client_that_stalls_does_not_keep_the_service_from_stopping(
         with serving(environment, log) as address:
             client.connect(address)
             head = f"Content-Type: application/json\r\nContent-Length: {len(payload)}\r\n\r\n{payload}"
-            client.sendall(f"POST /models HTTP/1.1\r\nHost: x\r\n{head}".encode())
+            client.sendall(f"POST /models HTTP/1.1\r\nHost: localhost\r\n{head}".encode())
             assert client.recv(12) == b"HTTP/1.1 200"
             patience = Timer(20, client.close)
             patience.start()
@@ -206,12 +208,42 @@ def test_a_client_that_stalls_does_not_keep_the_service_from_stopping(
     assert "Traceback" not in log.read_text()
 
 
-def test_binding_to_the_network_is_refused_at_start(environment: dict[str, str], tmp_path: Path) -> None:
-    done = widthwise(environment, "serve", "--host", "0.0.0.0", "--port", "0")
+def test_binding_to_the_network_without_keys_is_refused_at_start(environment: dict[str, str], tmp_path: Path) -> None:
+    done = widthwise(environment | {"WIDTHWISE_AUTH": "open"}, "serve", "--host", "0.0.0.0", "--port", "0")
     assert done.returncode == 1
     assert "WIDTHWISE_ALLOW_OPEN_BIND" in done.stderr
     assert "Traceback" not in done.stderr
     assert not (tmp_path / "data").exists()
+
+
+def test_the_network_is_not_answered_before_there_is_an_admin_key(environment: dict[str, str]) -> None:
+    done = widthwise(environment, "serve", "--host", "0.0.0.0", "--port", "0")
+    assert done.returncode == 1
+    assert "widthwise keys create NAME --scope admin" in done.stderr
+    assert "WIDTHWISE_ADMIN_KEY" in done.stderr
+    assert "Traceback" not in done.stderr
+
+
+def test_a_key_made_by_the_command_line_is_alone_on_standard_output_and_opens_the_server(
+    environment: dict[str, str], tmp_path: Path, chain_file: bytes
+) -> None:
+    made = widthwise(environment, "keys", "create", "camera")
+    assert made.returncode == 0, made.stderr
+    assert re.fullmatch(r"ww_[0-9a-f]{12}_[0-9a-f]{64}\n", made.stdout)
+    assert made.stdout.strip() not in made.stderr
+    publish(environment, chain_file)
+    guarded = environment | {"WIDTHWISE_AUTH": "keys", "WIDTHWISE_ADMIN_KEY": "k" * 32}
+    log = tmp_path / "log"
+    with serving(guarded, log) as address:
+        statuses = []
+        for key in (None, made.stdout.strip(), "k" * 32):
+            connection = http.client.HTTPConnection(*address, timeout=60)
+            connection.request("GET", "/chains", headers={"authorization": f"Bearer {key}"} if key else {})
+            statuses.append(connection.getresponse().status)
+            connection.close()
+        assert statuses == [401, 200, 200]
+    assert made.stdout.strip() not in log.read_text()
+    assert "k" * 32 not in log.read_text()
 
 
 @pytest.mark.parametrize(

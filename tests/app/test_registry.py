@@ -11,13 +11,14 @@ import pytest
 from fastapi import FastAPI
 
 from app.db.migrate import migrate
-from app.errors import ChainNameTaken, ObjectCorrupt, ObjectNotFound, ReservedName, UnknownChain
+from app.errors import ChainNameTaken, ChainRightsDiffer, ObjectCorrupt, ObjectNotFound, ReservedName, UnknownChain
 from app.main import wire
 from app.services import demo_chain
 from app.services.chain_cache import ChainCache
 from app.services.demo_chain import publish_demo_chain_if_empty
 from app.services.registry import Registry
 from app.settings import Settings
+from app.terms import Rights, strictest
 from chains import artifact
 from chains.artifact import StoredChain
 from chains.errors import ChainFileError, ChainMismatch, NotCalibrated
@@ -93,6 +94,60 @@ def test_a_broken_file_is_not_published(registry: Registry, chain_file: bytes) -
         registry.publish(chain_file[:-1])
 
 
+def test_a_chain_of_a_job_has_the_strictest_rights_of_what_it_was_made_from(registry: Registry) -> None:
+    teacher = Rights("CC-BY-NC-4.0", "research", "public")
+    dataset = Rights("Apache-2.0", "any", "synthetic")
+    row = registry.publish(artifact.dump(pico_chain(name="made")), rights=strictest([teacher, dataset]), job="1")
+    assert (row.terms, row.consent_basis, row.job) == ("research", "public", "1")
+    assert row.license == "CC-BY-NC-4.0 AND Apache-2.0"
+
+
+def test_a_chain_of_a_job_never_becomes_stable_by_itself(empty: Registry) -> None:
+    empty.publish(artifact.dump(pico_chain(name="made")), job="1")
+    with pytest.raises(UnknownChain):
+        empty.find("stable")
+    empty.publish(artifact.dump(pico_chain(name="tried", seed=1)), become_stable=False)
+    with pytest.raises(UnknownChain):
+        empty.find("stable")
+    empty.publish(artifact.dump(pico_chain(name="first", seed=2)))
+    assert empty.find("stable").name == "first"
+
+
+@pytest.mark.parametrize(
+    ("stated", "terms", "consent_basis"),
+    [
+        ({}, "unknown", "unknown"),
+        ({"terms": "research", "consent_basis": "consent"}, "research", "consent"),
+        ({"terms": "whatever", "consent_basis": 7}, "unknown", "unknown"),
+        ({"terms": ["any"], "consent_basis": {}}, "unknown", "unknown"),
+    ],
+)
+def test_without_other_word_a_chain_has_the_rights_its_provenance_states(
+    registry: Registry, stated: dict[str, object], terms: str, consent_basis: str
+) -> None:
+    row = registry.publish(artifact.dump(replace(pico_chain(name="stating"), provenance=stated)))
+    assert (row.terms, row.consent_basis) == (terms, consent_basis)
+    assert row.license == pico_chain().license
+
+
+def test_rights_can_be_stated_later_and_then_stay(registry: Registry) -> None:
+    content = artifact.dump(pico_chain(name="quiet"))
+    registry.publish(content)
+    assert registry.publish(content, rights=Rights("l", "any", "unknown")).terms == "any"
+    assert registry.publish(content, rights=Rights("l", "unknown", "public")).consent_basis == "public"
+    with pytest.raises(ChainRightsDiffer, match="recorded as 'any' and cannot become 'research'"):
+        registry.publish(content, rights=Rights("l", "research", "public"))
+    assert registry.publish(content).terms == "any"
+
+
+def test_what_a_job_could_not_know_nobody_states_later(registry: Registry) -> None:
+    content = artifact.dump(pico_chain(name="made"))
+    registry.publish(content, rights=Rights("l", "unknown", "public"), job="1")
+    with pytest.raises(ChainRightsDiffer):
+        registry.publish(content, rights=Rights("l", "any", "public"))
+    assert registry.publish(content, rights=Rights("l", "unknown", "public"), job="1").terms == "unknown"
+
+
 @pytest.mark.parametrize("name", ["nobody", "", "..", "a/b", "a\0b", "A", "x" * 500])
 def test_names_of_nothing_are_unknown(registry: Registry, name: str) -> None:
     with pytest.raises(UnknownChain):
@@ -145,7 +200,7 @@ def empty(tmp_path: Path) -> Iterator[Registry]:
 def test_an_empty_registry_gets_the_demo_chain_once(empty: Registry, demo_file: Path) -> None:
     published = publish_demo_chain_if_empty(empty)
     assert published is not None
-    assert published.name == "demo"
+    assert (published.name, published.terms, published.consent_basis) == ("demo", "any", "synthetic")
     assert publish_demo_chain_if_empty(empty) is None
     assert empty.find("stable").name == "demo"
 

@@ -19,14 +19,16 @@ def test_defaults_are_embedded_and_on_loopback() -> None:
 
 
 @pytest.mark.parametrize("host", ["0.0.0.0", "::", "192.168.1.4", "10.0.0.1", "example.org", ""])
-def test_binding_to_the_network_is_refused(host: str) -> None:
-    with pytest.raises(ValidationError, match="no API keys"):
-        Settings(host=host)
+def test_answering_the_network_needs_keys(host: str) -> None:
+    assert Settings(host=host).keys_required
+    with pytest.raises(ValidationError, match="asks nobody for an API key"):
+        Settings(host=host, auth="open")
 
 
-def test_binding_to_the_network_can_be_asked_for_by_its_long_name(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_answering_the_network_without_keys_can_be_asked_for_by_its_long_name(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("WIDTHWISE_ALLOW_OPEN_BIND", "true")
-    assert Settings(host="0.0.0.0").host == "0.0.0.0"
+    assert Settings(host="0.0.0.0").keys_required, "it opens nothing by itself"
+    assert not Settings(host="0.0.0.0", auth="open").keys_required
 
 
 @pytest.mark.parametrize("host", ["127.0.0.1", "127.1.2.3", "::1", "[::1]", "localhost"])
@@ -51,6 +53,17 @@ def test_our_own_name_of_the_port_wins_and_an_argument_beats_both(monkeypatch: p
 def test_postgres_urls_use_psycopg(scheme: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("WIDTHWISE_DATABASE_URL", f"{scheme}://me:secret@db/widthwise")
     assert Settings().database == "postgresql+psycopg://me:secret@db/widthwise"
+
+
+@pytest.mark.parametrize(("key", "reason"), [("too short to be any good", "has 24 characters"), ("ü" * 32, "ASCII")])
+def test_the_command_line_says_what_is_wrong_with_a_key_and_not_the_key(
+    monkeypatch: pytest.MonkeyPatch, key: str, reason: str
+) -> None:
+    monkeypatch.setenv("WIDTHWISE_ADMIN_KEY", key)
+    monkeypatch.setattr("sys.argv", ["widthwise", "serve"])
+    with pytest.raises(SystemExit, match=f"WIDTHWISE_ADMIN_KEY: .*{reason}") as refused:
+        main()
+    assert key not in str(refused.value)
 
 
 def test_a_password_is_not_in_the_settings_representation(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -2,10 +2,15 @@
 
 from __future__ import annotations
 
+import errno
 import hashlib
+import io
+import os
 import threading
+import time
 import uuid
 from collections.abc import Callable
+from datetime import UTC, datetime, timedelta
 from pathlib import Path
 
 import pytest
@@ -13,6 +18,8 @@ import pytest
 from app.errors import InvalidKey, ObjectCorrupt, ObjectNotFound, StorageUnavailable
 from app.storage import ObjectStore, content_key, open_store, read_verified
 from app.storage.local import LocalStore
+from app.storage.port import fetch_to
+from app.storage.s3 import S3Store
 
 CONTENT = bytes(range(256)) * 4000  # more than one chunk
 BAD_KEYS = [
@@ -163,6 +170,21 @@ def test_a_verified_read_refuses_what_changed_in_the_store(store: ObjectStore) -
         read_verified(store, sha256)
 
 
+def test_a_fetched_file_is_whole_or_as_it_was(store: ObjectStore, tmp_path: Path) -> None:
+    sha256, place = hashlib.sha256(CONTENT).hexdigest(), tmp_path / "fetched" / "file"
+    with pytest.raises(ObjectNotFound):
+        fetch_to(store, sha256, place)
+    assert list(place.parent.iterdir()) == []
+    store.put(content_key(sha256), [CONTENT], sha256)
+    fetch_to(store, sha256, place)
+    assert place.read_bytes() == CONTENT
+    other = hashlib.sha256(b"other").hexdigest()
+    store.put(content_key(other), [b"damaged"], hashlib.sha256(b"damaged").hexdigest())
+    with pytest.raises(ObjectCorrupt):
+        fetch_to(store, other, place)
+    assert [(path.name, path.read_bytes()) for path in place.parent.iterdir()] == [("file", CONTENT)]
+
+
 def test_content_lies_under_its_digest() -> None:
     assert content_key("ab" * 32) == f"sha256/ab/{'ab' * 32}"
 
@@ -187,6 +209,75 @@ def test_of_two_writers_of_a_folder_exactly_one_stores(tmp_path: Path) -> None:
         thread.join()
     winners = [content for won, content in stored if won]
     assert winners == [get(store, "a")]
+
+
+def test_an_object_has_an_age(store: ObjectStore) -> None:
+    before = datetime.now(UTC) - timedelta(seconds=2)  # some servers know seconds only
+    put(store, "a")
+    found = store.stat("a")
+    assert (found.key, found.modified_at.utcoffset()) == ("a", timedelta(0))
+    assert before <= found.modified_at <= datetime.now(UTC) + timedelta(seconds=2)
+
+
+def test_the_age_of_content_begins_anew_when_it_is_put_again(
+    store: ObjectStore, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("app.storage.s3.YOUNG", timedelta(0))
+    key = content_key(hashlib.sha256(CONTENT).hexdigest())
+    put(store, key)
+    first = store.stat(key).modified_at
+    time.sleep(1.1)
+    assert put(store, key) is False
+    assert store.stat(key).modified_at > first
+    assert get(store, key) == CONTENT
+
+
+def test_a_young_object_is_not_sent_again(s3_url: str, s3_credentials: None) -> None:
+    store = open_store(f"s3://test-{uuid.uuid4().hex}", s3_url)
+    store.prepare()
+    key = content_key(hashlib.sha256(CONTENT).hexdigest())
+    put(store, key)
+    first = store.stat(key).modified_at
+    time.sleep(1.1)
+    assert put(store, key) is False
+    assert store.stat(key).modified_at == first
+
+
+def test_an_object_deleted_just_when_it_is_put_again_is_stored_after_all(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    store, touch = LocalStore(tmp_path), os.utime
+    put(store, "a")
+
+    def touch_what_is_gone(path: Path) -> None:
+        monkeypatch.setattr(os, "utime", touch)
+        store.delete("a")
+        touch(path)
+
+    monkeypatch.setattr(os, "utime", touch_what_is_gone)
+    assert put(store, "a") is True
+    assert get(store, "a") == CONTENT
+
+
+def leave_a_draft(store: ObjectStore, tmp_path: Path) -> None:
+    """What a writer leaves that is killed in the middle."""
+    if isinstance(store, S3Store):
+        store._client.create_multipart_upload(Bucket=store._bucket, Key=store._name("sha256/large"))
+    else:
+        folder = tmp_path / "a folder" / "sha256"
+        folder.mkdir(parents=True, exist_ok=True)
+        (folder / ".put-abc").write_bytes(b"half")
+
+
+def test_drafts_of_writers_that_were_killed_are_dropped(store: ObjectStore, tmp_path: Path) -> None:
+    put(store, "a")
+    leave_a_draft(store, tmp_path)
+    soon, past = datetime.now(UTC) + timedelta(minutes=1), datetime(2000, 1, 1, tzinfo=UTC)
+    assert store.drop_drafts(past) == 0
+    assert store.drop_drafts(soon, dry_run=True) == 1
+    assert store.drop_drafts(soon) == 1
+    assert store.drop_drafts(soon) == 0
+    assert list(store.list()) == ["a"]
 
 
 def test_a_folder_keeps_no_drafts(tmp_path: Path) -> None:
@@ -229,6 +320,21 @@ def test_a_server_that_is_away_is_named_unavailable(s3_credentials: None) -> Non
         store.stat("a")
     with pytest.raises(StorageUnavailable):
         store.prepare()
+
+
+def test_a_full_disk_under_an_upload_is_the_stores_affair(
+    s3_credentials: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What is spooled does not fit: a caller is told to come back, not that something is broken."""
+
+    class Full(io.BytesIO):
+        def write(self, _data: object) -> int:
+            raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr("app.storage.s3.tempfile.SpooledTemporaryFile", lambda **_: Full())
+    store = open_store("s3://a-bucket", "http://127.0.0.1:1")
+    with pytest.raises(StorageUnavailable, match="No space left on device"):
+        put(store, "a")
 
 
 def test_an_endpoint_that_is_no_url_is_named(s3_credentials: None) -> None:

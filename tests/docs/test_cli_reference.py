@@ -23,7 +23,12 @@ from chains.nested import NestedRecipe
 from chains.train import TrainRecipe
 
 PAGE = (Path(__file__).parents[2] / "docs" / "reference" / "cli.md").read_text()
-COMMANDS = typer.main.get_command(cli).commands  # type: ignore[attr-defined]
+TOP = typer.main.get_command(cli).commands  # type: ignore[attr-defined]
+COMMANDS = {name: command for name, command in TOP.items() if not hasattr(command, "commands")} | {
+    f"{group} {name}": command
+    for group, found in TOP.items()
+    for name, command in getattr(found, "commands", {}).items()
+}
 SECTIONS = dict(re.findall(r"^##? (\w[^\n]*)\n(.*?)(?=^##? |\Z)", PAGE, re.MULTILINE | re.DOTALL))
 SHOWN_ELSEWHERE = {"data", "teacher", "refinement", "compatible_with", "evaluation", "output"}
 

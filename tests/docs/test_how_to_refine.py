@@ -66,7 +66,7 @@ def test_the_page_s_configuration_is_the_example() -> None:
 @pytest.mark.parametrize("example", EXAMPLES, ids=lambda path: path.name)
 def test_every_example_is_a_configuration(example: Path) -> None:
     config = read_config(example)
-    assert config.refinement.rungs_to(config.teacher.width)[-1] == config.teacher.width
+    assert config.ladder[-1] == config.teacher.width
 
 
 def test_every_command_of_the_page_runs(place: Path, monkeypatch: pytest.MonkeyPatch) -> None:

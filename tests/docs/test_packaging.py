@@ -13,10 +13,13 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import typer
 import yaml
 from dockerfile_parse import DockerfileParser
 
+from app.cli import SHUTDOWN_TIMEOUT_S, cli
 from app.settings import Settings
+from app.worker.main import LAST_WORDS_S
 
 ROOT = Path(__file__).parents[2]
 COMPOSE = yaml.safe_load((ROOT / "docker-compose.yml").read_text())
@@ -24,6 +27,7 @@ SERVICES: dict[str, dict[str, Any]] = COMPOSE["services"]
 LONG_RUNNING = sorted(name for name, service in SERVICES.items() if service["restart"] != "no")
 PYPROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())
 SCRIPTS = Path(sys.executable).parent
+COMMANDS = set(typer.main.get_command(cli).commands)  # type: ignore[attr-defined]
 
 
 class Stage:
@@ -83,11 +87,11 @@ def test_api_image_is_what_a_build_without_a_target_makes():
     assert list(STAGES)[-1] == "api"
 
 
-def test_api_image_installs_the_pinned_serving_install_and_no_extra():
+def test_api_image_installs_the_pinned_serving_install_and_no_extra_but_that_for_traces():
     installs = [run for stage in content("api") for run in stage.values("RUN") if "pip install" in run]
     assert len(installs) == 1
     assert "--constraint constraints.txt" in installs[0]
-    assert "[" not in installs[0]
+    assert re.findall(r"\[[^]]*]", installs[0]) == ["[otel]"]
     assert "torch" not in installs[0]
 
 
@@ -95,7 +99,37 @@ def test_worker_image_adds_the_training_extra():
     installs = [run for stage in content("worker") for run in stage.values("RUN") if "pip install" in run]
     assert len(installs) == 2
     assert all("--constraint constraints.txt" in run for run in installs)
-    assert any('".[train]"' in run for run in installs)
+    assert any('".[otel,train]"' in run for run in installs)
+
+
+def test_worker_image_works_and_is_probed_for_signs_of_life():
+    (command,) = STAGES["worker"].values("CMD")
+    assert json.loads(command) == ["widthwise", "worker"]
+    (probe,) = STAGES["worker"].values("HEALTHCHECK")
+    assert json.loads(probe[probe.index("CMD") + 3 :]) == ["widthwise", "worker-health"]
+
+
+@pytest.mark.parametrize("target", ["api", "worker"])
+def test_what_commands_the_images_run_exist(target):
+    commands = [*STAGES[target].values("CMD"), *STAGES[target].values("HEALTHCHECK")]
+    named = {name for command in commands for name in re.findall(r'"widthwise", "([a-z-]+)"', command)}
+    assert named <= COMMANDS
+
+
+def test_what_may_be_lost_lies_in_a_volume_that_the_user_owns():
+    runtime = STAGES["runtime"]
+    assert any('"/scratch"' in volume for volume in runtime.values("VOLUME"))
+    assert any(
+        "install --directory --owner=widthwise --group=widthwise /scratch" in run for run in runtime.values("RUN")
+    )
+    (environment,) = runtime.values("ENV")
+    assert "TMPDIR=/scratch" in environment
+    assert "WIDTHWISE_WORK_DIR=/scratch/jobs" in environment
+
+
+def test_no_image_opens_the_service_without_keys():
+    for stage in STAGES.values():
+        assert not any("ALLOW_OPEN_BIND" in value or "WIDTHWISE_AUTH=open" in value for value in stage.values("ENV"))
 
 
 @pytest.mark.parametrize("target", ["api", "worker"])
@@ -145,27 +179,65 @@ def test_compose_file_follows_the_compose_specification():
     subprocess.run(command, check=True)
 
 
-def test_only_the_api_is_published_and_only_on_loopback():
+def test_only_the_proxy_is_published_and_by_default_only_on_loopback():
     published = {name: service["ports"] for name, service in SERVICES.items() if "ports" in service}
-    assert list(published) == ["api"]
-    assert all(port.startswith("127.0.0.1:") for port in published["api"])
+    assert published == {"proxy": ["${BIND:-127.0.0.1}:${PORT:-8000}:8080"]}
+    assert not any("network_mode" in service or service.get("privileged") for service in SERVICES.values())
+
+
+def test_the_service_asks_everybody_for_a_key():
+    assert SERVICES["api"]["environment"]["WIDTHWISE_AUTH"] == "keys"
+    assert "WIDTHWISE_ADMIN_KEY" not in SERVICES["worker"]["environment"], "no worker needs it"
+    text = (ROOT / "docker-compose.yml").read_text()
+    assert "ALLOW_OPEN_BIND" not in text
+
+
+def test_two_servers_and_two_workers_stand_behind_the_proxy():
+    assert SERVICES["api"]["deploy"]["replicas"] == SERVICES["worker"]["deploy"]["replicas"] == 2
+    assert SERVICES["proxy"]["depends_on"] == {"api": {"condition": "service_healthy"}}
+    assert SERVICES["proxy"]["networks"] == ["front"]
+    assert SERVICES["worker"]["networks"] == ["backend"], "a worker has no way out"
+
+
+@pytest.mark.parametrize("name", sorted(SERVICES))
+def test_every_container_has_limits(name):
+    limits = SERVICES[name]["deploy"]["resources"]["limits"]
+    assert {"cpus", "memory", "pids"} <= limits.keys()
+
+
+def test_a_worker_has_memory_for_the_checks_it_runs():
+    memory = re.search(r"WORKER_MEMORY:-(\d+)G", SERVICES["worker"]["deploy"]["resources"]["limits"]["memory"])
+    assert memory is not None
+    assert int(memory[1]) * 1024**3 > Settings.model_fields["teacher_check_memory_bytes"].default
+
+
+@pytest.mark.parametrize("name", LONG_RUNNING)
+def test_every_service_that_stays_is_given_time_to_end(name):
+    seconds = int(SERVICES[name]["stop_grace_period"].removesuffix("s"))
+    assert seconds > SHUTDOWN_TIMEOUT_S
+    if name == "worker":
+        assert seconds > Settings.model_fields["child_grace_s"].default + LAST_WORDS_S
 
 
 def test_database_and_object_store_sit_on_a_network_without_a_way_out():
     assert COMPOSE["networks"]["backend"] == {"internal": True}
-    assert SERVICES["postgres"]["networks"] == SERVICES["s3"]["networks"] == ["backend"]
+    for name in ("postgres", "s3", "worker", "migrate"):
+        assert SERVICES[name]["networks"] == ["backend"]
 
 
 def test_foreign_images_are_pinned_to_a_version():
-    for name in ("postgres", "s3"):
+    for name in ("postgres", "s3", "proxy"):
         tag = SERVICES[name]["image"].partition(":")[2]
-        assert re.fullmatch(r"\d+\.\d+(-\w+)?", tag), SERVICES[name]["image"]
+        assert re.fullmatch(r"\d+\.\d+(\.\d+)?(-\w+)?", tag), SERVICES[name]["image"]
     assert SERVICES["postgres"]["image"].startswith("postgres:17.")
     assert tuple(map(int, SERVICES["s3"]["image"].partition(":")[2].split("."))) >= (4, 42)
 
 
-def test_our_image_carries_the_version_of_the_package():
-    assert SERVICES["api"]["image"] == f"widthwise-api:{PYPROJECT['project']['version']}"
+def test_our_images_carry_the_version_of_the_package():
+    for name in ("api", "worker"):
+        assert SERVICES[name]["image"] == f"widthwise-{name}:{PYPROJECT['project']['version']}"
+        assert SERVICES[name]["build"]["target"] == name
+    assert SERVICES["migrate"]["image"] == SERVICES["api"]["image"]
 
 
 @pytest.mark.parametrize("name", LONG_RUNNING)
@@ -182,7 +254,7 @@ def test_containers_start_with_no_privileges_to_spare(name):
     service = SERVICES[name]
     assert service["cap_drop"] == ["ALL"]
     assert service["security_opt"] == ["no-new-privileges:true"]
-    if "build" in service:
+    if name not in ("postgres", "s3"):
         assert service["read_only"] is True
         assert "cap_add" not in service
 
@@ -190,7 +262,7 @@ def test_containers_start_with_no_privileges_to_spare(name):
 @pytest.mark.parametrize("name", sorted(SERVICES))
 def test_secrets_come_from_outside_and_are_never_defaulted(name):
     for variable, value in SERVICES[name].get("environment", {}).items():
-        secret = variable.endswith(("PASSWORD", "SECRET_ACCESS_KEY", "ACCESS_KEY_ID", "DATABASE_URL"))
+        secret = variable.endswith(("PASSWORD", "SECRET_ACCESS_KEY", "ACCESS_KEY_ID", "DATABASE_URL", "ADMIN_KEY"))
         assert (":?" in value) == secret, f"{variable} of {name}"
 
 
@@ -200,11 +272,14 @@ def test_example_environment_names_every_variable_and_fills_in_no_secret():
         line.split("=", 1) for line in (ROOT / ".env.example").read_text().splitlines() if re.match(r"\w+=", line)
     )
     assert set(example) == used
-    assert {name for name, value in example.items() if value} == {"PORT"}
+    filled_in = {name for name, value in example.items() if value}
+    assert filled_in == {"BIND", "PORT", "WORKER_CPUS", "WORKER_MEMORY"}
+    assert example["BIND"] == "127.0.0.1"
 
 
-def test_api_waits_for_a_migration_that_waits_for_database_and_object_store():
-    assert SERVICES["api"]["depends_on"] == {"migrate": {"condition": "service_completed_successfully"}}
+def test_api_and_workers_wait_for_a_migration_that_waits_for_database_and_object_store():
+    for name in ("api", "worker"):
+        assert SERVICES[name]["depends_on"] == {"migrate": {"condition": "service_completed_successfully"}}
     assert SERVICES["migrate"]["depends_on"] == {
         "postgres": {"condition": "service_healthy"},
         "s3": {"condition": "service_healthy"},
@@ -219,8 +294,13 @@ def test_settings_of_the_compose_file_exist():
 
 
 def test_volumes_are_named_so_that_data_survives_the_containers():
-    mounted = {volume.split(":")[0] for service in SERVICES.values() for volume in service.get("volumes", [])}
-    assert mounted == set(COMPOSE["volumes"])
+    mounted = {volume for service in SERVICES.values() for volume in service.get("volumes", [])}
+    named = {volume.split(":")[0] for volume in mounted if not volume.startswith((".", "/"))}
+    assert named == set(COMPOSE["volumes"])
+    assert {volume for volume in mounted if volume.startswith("/")} == {"/scratch"}, (
+        "each container's own, and may be lost"
+    )
+    assert all(volume.endswith(":ro") for volume in mounted if volume.startswith("."))
 
 
 # --- package ---
