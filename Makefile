@@ -29,7 +29,8 @@ demo: $(VENV)/.serve
 	$(BIN)/widthwise demo --url http://127.0.0.1:$(PORT)
 
 test: lint
-	$(BIN)/python -m pytest $(PYTEST_ARGS)
+	$(BIN)/python -m pytest $(PYTEST_ARGS) --ignore=tests/system
+	$(BIN)/python -m pytest tests/system
 
 lint: $(VENV)/.test
 	$(BIN)/ruff check
