@@ -11,6 +11,8 @@
     ├── AliasMoved             the alias points at another chain than the caller thought
     ├── AliasNotRemovable      `stable` always points at a chain
     ├── PromotionRefused       terms, consent basis or accuracy of the chain are not known
+    ├── OfferRefused           a chain cannot be offered with another
+    ├── UnknownOffer           the chain is offered with no other
     ├── NothingToRollBack      there is no chain before, or it was deleted
     ├── LatencyNotMeasurable   a latency limit was stated before any device can report latency
     ├── InvalidPageToken       a page token this service did not make
@@ -34,6 +36,7 @@
     ├── TooManyUploads         as many uploads are open as the service allows
     ├── UnknownTeacher         no teacher of that name
     ├── TeacherNameTaken       the name already belongs to another teacher
+    ├── TeacherExists          the name of a teacher to be made is taken
     ├── TeacherInUse           a job that has not ended needs the teacher
     ├── TeacherNotReady        the teacher's weights have not arrived, are not checked yet or were refused
     ├── UnknownDataset         no data set of that name
@@ -162,13 +165,28 @@ class AliasNotRemovable(AppError):
 class PromotionRefused(AppError):
     """Terms, consent basis or accuracy of the chain are not known, and nobody has accepted that."""
 
-    def __init__(self, chain: str, alias: str, unknown: Sequence[str]) -> None:
+    def __init__(self, chain: str, refused: str, unknown: Sequence[str]) -> None:
+        """refused: what is not done with the chain."""
         super().__init__(
-            f"chain '{chain}' is not promoted to '{alias}': nobody knows its {' and its '.join(unknown)}. State terms "
+            f"chain '{chain}' is not {refused}: nobody knows its {' and its '.join(unknown)}. State terms "
             "and consent basis where it is published and publish it measured, or send accept_unknown, which the audit "
             "trail will keep"
         )
         self.unknown = list(unknown)
+
+
+class OfferRefused(AppError):
+    """A chain cannot be offered with another: it is not terminal, or the two cannot be compared."""
+
+    def __init__(self, terminal: str, chain: str, why: str) -> None:
+        super().__init__(f"chain '{terminal}' is not offered with '{chain}': {why}")
+
+
+class UnknownOffer(AppError):
+    """The chain is offered with no other."""
+
+    def __init__(self, terminal: str) -> None:
+        super().__init__(f"chain '{terminal}' is offered with no other; PUT /chains/{terminal}/offer does that")
 
 
 class NothingToRollBack(AppError):
@@ -350,6 +368,10 @@ class TeacherNameTaken(AppError):
         super().__init__(
             f"teacher '{name}' is already registered with another {differs}; delete it first, or take another name"
         )
+
+
+class TeacherExists(AppError):
+    """The name of a teacher that a job would make is taken, or will be by another job."""
 
 
 class TeacherInUse(AppError):

@@ -22,6 +22,7 @@ from app.api import (
     keys,
     metrics,
     models,
+    offers,
     problems,
     teachers,
 )
@@ -41,6 +42,7 @@ from app.services.job_requests import JobRequests
 from app.services.jobs import Jobs
 from app.services.keys import Keys
 from app.services.monitor import Monitor
+from app.services.offers import Offers
 from app.services.promotion import Promotion
 from app.services.provision import Provision
 from app.services.registry import Registry
@@ -98,6 +100,7 @@ def create_app(settings: Settings | None = None) -> FastAPI:
         app.include_router(router, dependencies=[Security(device)])
     for router in (
         aliases.router,
+        offers.router,
         garbage.router,
         datasets.router,
         teachers.router,
@@ -141,6 +144,7 @@ def wire(settings: Settings) -> Services:
         keys=_keys(database, settings),
         trail=Trail(database),
         promotion=Promotion(database),
+        offers=Offers(database),
         garbage=_garbage(settings, database, store, uploads, data_sets),
         jobs=jobs,
         job_requests=JobRequests(data_sets, settings.max_train_processes),

@@ -1,10 +1,10 @@
-"""Limits of a device and the one rule that picks a width within them."""
+"""Limits of a device and the rules that pick a model within them: a width of a chain, or a terminal chain beside it."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, fields
-from operator import itemgetter
+from typing import Literal
 
 from chains.chain import WidthAccuracy
 from chains.cost import Costs
@@ -58,6 +58,65 @@ class Candidate:
     accuracy: WidthAccuracy | None = None
 
 
+@dataclass(frozen=True)
+class Contender:
+    """A chain that takes part in a choice, by its models. A terminal chain has one."""
+
+    chain: str
+    embedding_space: str
+    candidates: tuple[Candidate, ...]
+
+    @property
+    def model(self) -> Candidate:
+        """Of a terminal chain."""
+        (model,) = self.candidates
+        return model
+
+
+@dataclass(frozen=True)
+class Excess:
+    """A model needs `factor` times what a limit allows."""
+
+    factor: float
+    limit: str
+    allowed: int
+    needed: int
+
+
+Reason = Literal["other-embedding-space", "does-not-fit", "not-better"]
+
+
+@dataclass(frozen=True)
+class Declined:
+    """A terminal chain that was not taken. excess: over the limit that it breaks most, where it does not fit."""
+
+    terminal: Contender
+    reason: Reason
+    excess: Excess | None = None
+
+
+@dataclass(frozen=True)
+class Choice:
+    """What `choose` chose. terminal: what is served in place of `student`, if anything. student: the one of `asked`;
+    `None`: none fits."""
+
+    asked: Contender
+    student: Candidate | None
+    terminal: Contender | None
+    declined: tuple[Declined, ...]
+
+    @property
+    def chain(self) -> str:
+        """Name of the chain that the model comes from."""
+        return (self.terminal or self.asked).chain
+
+    @property
+    def model(self) -> Candidate:
+        chosen = self.student if self.terminal is None else self.terminal.model
+        assert chosen is not None  # noqa: S101 - something was chosen
+        return chosen
+
+
 def exceeded(limits: Limits, costs: Costs) -> list[str]:
     """Names of the limits that `costs` breaks."""
     return [name for name, allowed in limits.stated() if getattr(costs, COST_OF_LIMIT[name]) > allowed]
@@ -71,22 +130,74 @@ def widest_that_fits(limits: Limits, candidates: Sequence[Candidate], chain: str
     its rungs, a larger limit never gives a narrower model. Raises `BudgetTooSmall`, naming the limit that binds at the
     width that comes closest, which on such a ladder is the narrowest.
     """
-    fitting = [candidate for candidate in candidates if not exceeded(limits, candidate.costs)]
-    if not fitting:
+    widest = _widest(limits, candidates)
+    if widest is None:
         raise _too_small(limits, candidates, chain)
+    return widest
+
+
+def choose(limits: Limits, asked: Contender, terminals: Sequence[Contender], *, any_space: bool = False) -> Choice:
+    """The student of `asked` by `widest_that_fits`, or in its place a terminal chain offered with it.
+
+    Of the terminals that fit, the one with the highest measured mAP (then the fewest MACs, then by name) is taken where
+    that is above the student's, or where no student fits. any_space: also those of other embedding spaces take part.
+    All must have been measured on one evaluation set. Raises `BudgetTooSmall` as `widest_that_fits` does, over students
+    and terminals that take part.
+    """
+    taking_part = [terminal for terminal in terminals if any_space or terminal.embedding_space == asked.embedding_space]
+    student = _widest(limits, asked.candidates)
+    fitting = [terminal for terminal in taking_part if not exceeded(limits, terminal.model.costs)]
+    best = min(fitting, key=_rank, default=None)
+    if student is None and best is None:
+        raise _too_small(
+            limits, [*asked.candidates, *(one.model for one in taking_part)], asked.chain, bool(taking_part)
+        )
+    taken = best if best and (student is None or _is_better(best.model, student)) else None
+    declined = (_declined(limits, terminal, terminal in taking_part) for terminal in terminals if terminal is not taken)
+    return Choice(asked, student, taken, tuple(declined))
+
+
+def _widest(limits: Limits, candidates: Sequence[Candidate]) -> Candidate | None:
+    """See `widest_that_fits`. `None` when nothing fits."""
+    fitting = [candidate for candidate in candidates if not exceeded(limits, candidate.costs)]
     measured = [candidate.accuracy for candidate in fitting if candidate.accuracy is not None]
     best = max(measured, key=lambda accuracy: accuracy.map, default=None)
     floor = min(best.map, best.map_ci95[0]) if best else 0.0
     as_good = [candidate for candidate in fitting if candidate.accuracy is None or candidate.accuracy.map >= floor]
-    return max(as_good, key=lambda candidate: (candidate.costs.macs, candidate.width))
+    return max(as_good, key=lambda candidate: (candidate.costs.macs, candidate.width), default=None)
 
 
-def _too_small(limits: Limits, candidates: Sequence[Candidate], chain: str) -> BudgetTooSmall:
-    """At the width that breaks its worst limit by the smallest factor, that limit."""
+def _rank(terminal: Contender) -> tuple[float, int, str]:
+    """Smallest for the best; what was not measured comes last."""
+    model = terminal.model
+    return (-model.accuracy.map if model.accuracy else 1.0), model.costs.macs, terminal.chain
 
-    def worst(costs: Costs) -> tuple[float, str, int, int]:
-        needs = ((name, allowed, getattr(costs, COST_OF_LIMIT[name])) for name, allowed in limits.stated())
-        return max(((needed / allowed, name, allowed, needed) for name, allowed, needed in needs), key=itemgetter(0))
 
-    _, binding, allowed, needed = min((worst(candidate.costs) for candidate in candidates), key=itemgetter(0))
-    return BudgetTooSmall(chain, binding, allowed, needed)
+def _is_better(model: Candidate, student: Candidate) -> bool:
+    """Whether it was measured to be. A student that nobody measured may be as good as anything."""
+    return bool(model.accuracy and student.accuracy and model.accuracy.map > student.accuracy.map)
+
+
+def _declined(limits: Limits, terminal: Contender, takes_part: bool) -> Declined:
+    if not takes_part:
+        return Declined(terminal, "other-embedding-space")
+    costs = terminal.model.costs
+    if not exceeded(limits, costs):
+        return Declined(terminal, "not-better")
+    return Declined(terminal, "does-not-fit", _worst(limits, costs))
+
+
+def _worst(limits: Limits, costs: Costs) -> Excess:
+    """The largest."""
+    needs = ((name, allowed, getattr(costs, COST_OF_LIMIT[name])) for name, allowed in limits.stated())
+    excesses = (Excess(needed / allowed, name, allowed, needed) for name, allowed, needed in needs)
+    return max(excesses, key=lambda excess: excess.factor)
+
+
+def _too_small(
+    limits: Limits, candidates: Sequence[Candidate], chain: str, has_terminals: bool = False
+) -> BudgetTooSmall:
+    """At the model that breaks its worst limit by the smallest factor, that limit."""
+    worst = min((_worst(limits, candidate.costs) for candidate in candidates), key=lambda excess: excess.factor)
+    what = "student of, or terminal chain offered with, chain" if has_terminals else "student of chain"
+    return BudgetTooSmall(chain, worst.limit, worst.allowed, worst.needed, what=what)

@@ -94,6 +94,31 @@ def pico_chain(
     )
 
 
+def pico_terminal(*, stem: int = 8, inner: int = 4, seed: int = 0, name: str = "pico-terminal") -> Chain:
+    """A terminal chain of random weights with a made-up frontier, for the images of `pico_chain`: a ResNet-18 whose
+    inner layers have up to `inner` channels."""
+    width = Width(stem)
+    sizes = architecture("resnet18").group_sizes(width)
+    sizes = {group: min(size, inner) if group.endswith(".a") else size for group, size in sizes.items()}
+    table = architecture("resnet18").fixed(sizes)
+    return Chain(
+        name=name,
+        architecture=table.name,
+        mode="nested",
+        teacher=width,
+        ladder=(width,),
+        input=InputSpec(64, 32, IMAGENET_MEAN, IMAGENET_STD),
+        embedding_space=f"{name}-{seed}",
+        license="Apache-2.0",
+        tensors=random_tensors(table, width, seed),
+        partitions={group: even_tree(size) for group, size in sizes.items()},
+        statistics={width: random_statistics(table, width, seed)},
+        frontier=made_up_frontier((width,)),
+        provenance={"made_by": "chains.testing.pico_terminal", "seed": seed},
+        sizes=sizes,
+    )
+
+
 def contract_chain(architecture_name: str, mode: Mode = "nested", merged_share: float = 1, seed: int = 0) -> Chain:
     """The chain of random weights on which the contract suite tests an architecture: its toy widths of `PICO`, images
     of 64×32 or of the size it is made for."""

@@ -15,6 +15,7 @@ from app.services.job_requests import JobRequests
 from app.services.jobs import Jobs
 from app.services.keys import Keys
 from app.services.monitor import Monitor
+from app.services.offers import Offers
 from app.services.promotion import Promotion
 from app.services.provision import Provision
 from app.services.registry import Registry
@@ -36,6 +37,7 @@ class Services:
     keys: Keys
     trail: Trail
     promotion: Promotion
+    offers: Offers
     garbage: Garbage
     jobs: Jobs
     job_requests: JobRequests
@@ -87,12 +89,17 @@ async def promotion(request: Request) -> Promotion:
     return (await services(request)).promotion
 
 
+async def offers(request: Request) -> Offers:
+    return (await services(request)).offers
+
+
 async def garbage(request: Request) -> Garbage:
     return (await services(request)).garbage
 
 
 AllServices = Annotated[Services, Depends(services)]
 ThePromotion = Annotated[Promotion, Depends(promotion)]
+TheOffers = Annotated[Offers, Depends(offers)]
 TheGarbage = Annotated[Garbage, Depends(garbage)]
 TheRegistry = Annotated[Registry, Depends(registry)]
 TheProvision = Annotated[Provision, Depends(provision)]

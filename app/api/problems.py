@@ -41,7 +41,7 @@ class Problem(BaseModel):
     errors: Annotated[list[FieldError] | None, Field(description="what is wrong, one entry per mistake")] = None
     limit: Annotated[str | None, Field(description="the binding limit")] = None
     requested: Annotated[int | None, Field(description="what that limit allowed")] = None
-    smallest_available: Annotated[int | None, Field(description="the least any width of the chain needs")] = None
+    smallest_available: Annotated[int | None, Field(description="the least that any model on offer needs")] = None
     chain: Annotated[str | None, Field(description="the chain that was asked")] = None
 
 

@@ -8,19 +8,17 @@ from typing import Annotated, Any, Literal
 import numpy as np
 from pydantic import BaseModel, ConfigDict, Field
 
+from app.api.choices import ChoiceOut
 from app.db.tables import ChainRow, WidthRow
-from app.errors import LatencyNotMeasurable
+from app.services.limits import LimitsIn
 from app.services.names import PATTERN
 from app.services.provision import Model, ModelRequest
 from app.services.registry import STABLE, Page
 from app.terms import ConsentBasis, Terms
-from chains.budget import Limits
 from chains.chain import WidthAccuracy
 from chains.cost import Costs
 from chains.onnxfile import EmitOptions
 
-MAX_LIMIT = 2**63 - 1  # what databases and most clients can hold
-Limit = Annotated[int | None, Field(ge=1, le=MAX_LIMIT)]
 ONE_LINE = r"^[^\x00-\x1f\x7f]+$"  # of printable text
 NewName = Annotated[str, Field(pattern=PATTERN, description="lower-case letters, digits, `.`, `_`, `-`")]
 Sha256 = Annotated[str, Field(pattern="^[0-9a-f]{64}$")]
@@ -31,31 +29,6 @@ class RequestSchema(BaseModel):
     """Base of request bodies. What is not finite is no number: neither PostgreSQL's JSON nor ours can hold it."""
 
     model_config = ConfigDict(extra="forbid", strict=True, frozen=True, allow_inf_nan=False)
-
-
-class LimitsIn(RequestSchema):
-    """What the device can bear for one image; state at least one."""
-
-    max_macs: Annotated[Limit, Field(description="multiply-adds")] = None
-    max_flops: Annotated[Limit, Field(description="two per multiply-add")] = None
-    max_params: Annotated[Limit, Field(description="float elements of the ONNX graph's initialisers")] = None
-    max_artifact_bytes: Annotated[Limit, Field(description="size of the ONNX file")] = None
-    max_peak_activation_bytes: Annotated[Limit, Field(description="largest sum of float32 values alive at once")] = None
-    max_memory_bytes: Annotated[
-        Limit,
-        Field(description="held against 2.7 × weights (load peak) plus activations; the runtime's arenas come on top"),
-    ] = None
-    max_latency_ms: Annotated[
-        float | None,
-        Field(gt=0, allow_inf_nan=False, description="refused (latency-not-measurable-yet) until devices can report"),
-    ] = None
-    device_class: Annotated[str | None, Field(max_length=64, description="goes with max_latency_ms")] = None
-
-    def parse(self) -> Limits:
-        """Raises `LatencyNotMeasurable`, and `LimitsError` when nothing is limited."""
-        if self.max_latency_ms is not None or self.device_class is not None:
-            raise LatencyNotMeasurable
-        return Limits(**self.model_dump(exclude={"max_latency_ms", "device_class"}))
 
 
 class ModelIn(RequestSchema):
@@ -78,6 +51,13 @@ class ModelIn(RequestSchema):
 
     limits: LimitsIn
     chain: Annotated[str, Field(max_length=63, description="name of a chain, or an alias")] = STABLE
+    embedding_space: Annotated[
+        Literal["chain", "any"],
+        Field(
+            description="of terminal chains that may answer in the chain's place where they are better: `chain`: the "
+            "chain's own; `any`: also others, whose embeddings do not compare with the chain's"
+        ),
+    ] = "chain"
     opset: Annotated[int, Field(description="ONNX opset, 11 to 18")] = EmitOptions().opset
     embedding: Annotated[
         Literal["common", "native"],
@@ -94,7 +74,7 @@ class ModelIn(RequestSchema):
     def parse(self) -> ModelRequest:
         """Raises `LatencyNotMeasurable`, `LimitsError` and `UnsupportedOption`."""
         options = EmitOptions(self.opset, self.embedding, self.normalize, self.preprocess)
-        return ModelRequest(self.limits.parse(), options, self.chain)
+        return ModelRequest(self.limits.parse(), options, self.chain, self.embedding_space)
 
 
 class CostsOut(BaseModel):
@@ -240,6 +220,9 @@ class Manifest(BaseModel):
         ThresholdsOut | None, Field(description="same-or-different cut-offs; null where the chain has none")
     ]
     recipe: Annotated[dict[str, Any], Field(description="what makes the bytes: equal recipes give equal bytes")]
+    choice: Annotated[
+        ChoiceOut | None, Field(description="why the request got this model; null where there was no request by limits")
+    ]
 
     @classmethod
     def of(cls, model: Model) -> Manifest:
@@ -266,7 +249,11 @@ class Manifest(BaseModel):
             lift=lift,
             thresholds=ThresholdsOut.of(model),
             recipe=model.plan.recipe,
+            choice=ChoiceOut.of(model),
         )
+
+
+_NOT_COLUMNS = {"widths", "image", "aliases", "offered_with", "terminals"}
 
 
 class ChainOut(BaseModel):
@@ -289,16 +276,23 @@ class ChainOut(BaseModel):
     ]
     job: Annotated[str | None, Field(description="the job that made it; null: it was published as a file")]
     aliases: list[str]
+    is_terminal: Annotated[bool, Field(description="it is one model, compressed for one target")]
+    offered_with: Annotated[
+        str | None, Field(description="of a terminal chain: the chain beside which it answers; null: none")
+    ]
+    terminals: Annotated[list[str], Field(description="the terminal chains that are offered with this one")]
     provenance: Annotated[dict[str, Any], Field(description="how the chain came to be, in its maker's words")]
     published_at: datetime
 
     @classmethod
     def of(cls, row: ChainRow) -> ChainOut:
         return cls(
-            **{name: getattr(row, name) for name in cls.model_fields.keys() - {"widths", "image", "aliases"}},
+            **{name: getattr(row, name) for name in cls.model_fields.keys() - _NOT_COLUMNS},
             widths=[width.width for width in row.widths],
             image=ImageOut(**row.input),
             aliases=[alias.alias for alias in row.aliases],
+            offered_with=row.offer.chain if row.offer else None,
+            terminals=[offer.terminal for offer in row.terminals],
         )
 
 

@@ -1,4 +1,4 @@
-"""SQL of chains, aliases and models. A repository works inside the transaction it is given and never commits.
+"""SQL of chains, aliases, offers and models. A repository works inside the transaction it is given and never commits.
 
 Who decides by what a row holds locks it first, by a write that changes nothing: on PostgreSQL that locks the row, on
 SQLite the whole database, and what is read afterwards stays true until the transaction ends.
@@ -12,10 +12,10 @@ from types import ModuleType
 
 from sqlalchemy import ColumnElement, delete, func, or_, select, update
 from sqlalchemy.dialects import postgresql, sqlite
-from sqlalchemy.orm import Session
+from sqlalchemy.orm import InstrumentedAttribute, Session
 
 from app.db.jobs import UNFINISHED
-from app.db.tables import AliasChangeRow, AliasRow, ChainRow, JobRow, ModelRow
+from app.db.tables import AliasChangeRow, AliasRow, ChainRow, JobRow, ModelRow, OfferRow
 
 
 class Chains:
@@ -28,9 +28,20 @@ class Chains:
         """The chain of that name, or the one an alias of that name points at."""
         return self._session.scalar(select(ChainRow).where(_is_called(name)))
 
-    def digest(self, name: str) -> str | None:
-        """As `find`, but only the digest of the chain's file: all that serving a model needs."""
-        return self._session.scalar(select(ChainRow.digest).where(_is_called(name)))
+    def digests(self, name: str) -> tuple[str, Sequence[str]] | None:
+        """As `find`, but only the digest of the chain's file, and of the files of the terminal chains offered with it,
+        by name: all that serving a model needs. One statement, because every request asks."""
+        is_asked = _is_called(name)
+        files = select(ChainRow.digest, is_asked).outerjoin(OfferRow, OfferRow.terminal == ChainRow.name)
+        rows = self._session.execute(
+            files.where(or_(is_asked, _is_called(name, OfferRow.chain))).order_by(ChainRow.name)
+        ).all()
+        asked = next((digest for digest, is_it in rows if is_it), None)
+        return None if asked is None else (asked, [digest for digest, is_it in rows if not is_it])
+
+    def name(self, name: str) -> str | None:
+        """As `find`, but only the chain's own name."""
+        return self._session.scalar(select(ChainRow.name).where(_is_called(name)))
 
     def page(self, after: str, size: int) -> Sequence[ChainRow]:
         """Up to `size` chains whose names follow `after`, in order of name."""
@@ -55,7 +66,7 @@ class Chains:
         return self._session.scalars(unfinished).all()
 
     def delete(self, name: str) -> None:
-        """Widths and models go with it. Raises SQLAlchemy's `IntegrityError` when an alias points at it."""
+        """Widths and models go with it. Raises SQLAlchemy's `IntegrityError` when an alias or an offer names it."""
         self._session.execute(
             delete(ChainRow).where(ChainRow.name == name).execution_options(synchronize_session=False)
         )
@@ -126,6 +137,20 @@ class Aliases:
         return move
 
 
+class Offers:
+    """Terminal chains that are offered with others. Lock both chains before an offer is set or removed."""
+
+    def __init__(self, session: Session) -> None:
+        self._session = session
+
+    def set(self, terminal: str, chain: str) -> None:
+        """Offer `terminal` with `chain` and with no other."""
+        self._session.merge(OfferRow(terminal=terminal, chain=chain))
+
+    def remove(self, terminal: str) -> None:
+        self._session.execute(delete(OfferRow).where(OfferRow.terminal == terminal))
+
+
 class Models:
     """Models that were asked for."""
 
@@ -157,6 +182,6 @@ def _dialect(session: Session) -> ModuleType:
     return postgresql if session.get_bind().dialect.name == "postgresql" else sqlite
 
 
-def _is_called(name: str) -> ColumnElement[bool]:
+def _is_called(name: str, chain: InstrumentedAttribute[str] = ChainRow.name) -> ColumnElement[bool]:
     """No chain is named like an alias, so at most one chain is called so."""
-    return or_(ChainRow.name == name, ChainRow.name.in_(select(AliasRow.chain).where(AliasRow.alias == name)))
+    return or_(chain == name, chain.in_(select(AliasRow.chain).where(AliasRow.alias == name)))

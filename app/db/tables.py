@@ -23,6 +23,7 @@ from sqlalchemy import (
     Text,
     TypeDecorator,
     UniqueConstraint,
+    false,
 )
 from sqlalchemy.orm import DeclarativeBase, Mapped, mapped_column, relationship
 
@@ -67,7 +68,8 @@ class ChainRow(Base):
     """A published chain; its file lies in the object store under `digest` (sha256, 64 hex).
 
     terms, consent_basis: the strictest of what it was made from, see `app.terms`. job: the refinement that made it, if
-    one of this service did.
+    one of this service did. is_terminal: it is one model, see `chains.chain.Chain.sizes`. offer: of a terminal chain,
+    with which other it is offered; terminals: the offers of terminal chains with this one.
     """
 
     __tablename__ = "chains"
@@ -80,6 +82,7 @@ class ChainRow(Base):
     teacher_width: Mapped[str] = mapped_column(String(32))
     embedding_dim: Mapped[int]
     embedding_space: Mapped[str] = mapped_column(String(128))
+    is_terminal: Mapped[bool] = mapped_column(server_default=false())
     license: Mapped[str] = mapped_column(Text)
     terms: Mapped[str] = mapped_column(String(16), server_default="unknown")
     consent_basis: Mapped[str] = mapped_column(String(32), server_default="unknown")
@@ -90,6 +93,10 @@ class ChainRow(Base):
     published_at: Mapped[datetime]
     widths: Mapped[list[WidthRow]] = relationship(order_by="WidthRow.position", lazy="selectin")
     aliases: Mapped[list[AliasRow]] = relationship(order_by="AliasRow.alias", lazy="selectin", viewonly=True)
+    offer: Mapped[OfferRow | None] = relationship(foreign_keys="OfferRow.terminal", lazy="selectin", viewonly=True)
+    terminals: Mapped[list[OfferRow]] = relationship(
+        foreign_keys="OfferRow.chain", order_by="OfferRow.terminal", lazy="selectin", viewonly=True
+    )
 
 
 class WidthRow(Base):
@@ -119,6 +126,15 @@ class AliasRow(Base):
     __tablename__ = "aliases"
 
     alias: Mapped[str] = mapped_column(String(64), primary_key=True)
+    chain: Mapped[str] = mapped_column(ForeignKey("chains.name"), index=True)
+
+
+class OfferRow(Base):
+    """A terminal chain that answers in place of a student of `chain` where it fits and measures better."""
+
+    __tablename__ = "offers"
+
+    terminal: Mapped[str] = mapped_column(ForeignKey("chains.name"), primary_key=True)
     chain: Mapped[str] = mapped_column(ForeignKey("chains.name"), index=True)
 
 

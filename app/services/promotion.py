@@ -61,7 +61,7 @@ class Promotion:
                 return aliases.history_page(alias, None, 1)[0]
             unknown = unknowns(target)
             if unknown and not accept_unknown:
-                raise PromotionRefused(target.name, alias, unknown)
+                raise PromotionRefused(target.name, f"promoted to '{alias}'", unknown)
             moved = aliases.point(alias, target.name, current, datetime.now(UTC), by.id)
             if moved is not None:
                 detail = {"chain": target.name, "previous": current, "accepted_unknown": unknown}

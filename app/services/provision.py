@@ -1,4 +1,5 @@
-"""From a device's limits to a model: the widest width that fits, its recipe, its bytes.
+"""From a device's limits to a model: the widest width that fits, or a terminal chain that is better; its recipe, its
+bytes.
 
 A model is never stored. Its recipe is, and the bytes are made again from chain and recipe whenever they are asked for;
 they are the same every time, on every machine. What is learnt from the first full stream is their sha256.
@@ -8,10 +9,10 @@ from __future__ import annotations
 
 import hashlib
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
-from typing import Any
+from typing import Any, Literal
 
 import structlog
 from sqlalchemy.exc import IntegrityError, SQLAlchemyError
@@ -24,7 +25,7 @@ from app.metrics import Metrics
 from app.services.registry import STABLE, Registry
 from app.tracing import span, traced_chunks
 from chains.artifact import StoredChain
-from chains.budget import Candidate, Limits, widest_that_fits
+from chains.budget import Candidate, Choice, Contender, Limits, choose
 from chains.chain import WidthAccuracy
 from chains.cost import Costs
 from chains.errors import BudgetTooSmall, ChainsError
@@ -37,16 +38,19 @@ _log = structlog.get_logger(__name__)
 
 @dataclass(frozen=True)
 class ModelRequest:
-    """What a device asks for. `chain`: name or alias, by default the alias `stable`."""
+    """What a device asks for. chain: name or alias, by default the alias `stable`. embedding_space: of the terminal
+    chains that may answer in its place, the chain's own or any."""
 
     limits: Limits
     options: EmitOptions
     chain: str = STABLE
+    embedding_space: Literal["chain", "any"] = "chain"
 
 
 @dataclass(frozen=True, eq=False)
 class Model:
-    """A model that can be served. `artifact_sha256` is `None` until its bytes were streamed in full once."""
+    """A model that can be served. artifact_sha256: `None` until its bytes were streamed in full once. choice: why it is
+    this one; `None` of a model that was asked for by its id."""
 
     stored: StoredChain
     width: Width
@@ -54,6 +58,7 @@ class Model:
     plan: OnnxPlan
     artifact_sha256: str | None
     is_new: bool = False
+    choice: Choice | None = None
 
     @property
     def id(self) -> str:
@@ -82,13 +87,15 @@ class Provision:
 
         Raises `UnknownChain`, `BudgetTooSmall`, `UnsupportedOption`, `StorageError` and `DatabaseUnavailable`.
         """
-        stored = self._registry.load_named(request.chain)
-        with span("provision.choose", chain=stored.chain.name):
-            chosen = self._choose(request, stored)
-        with span("provision.plan", chain=stored.chain.name, width=str(chosen.width)):
-            made = plan(stored, chosen.width, request.options)
-        is_new, sha256 = self._record(made, stored, chosen.width)
-        return Model(stored, chosen.width, request.options, made, sha256, is_new)
+        asked, terminals = self._registry.load_offered(request.chain)
+        with span("provision.choose", chain=asked.chain.name):
+            choice = self._choose(request, asked, terminals)
+        stored = next(one for one in (asked, *terminals) if one.chain.name == choice.chain)
+        width = choice.model.width
+        with span("provision.plan", chain=stored.chain.name, width=str(width)):
+            made = plan(stored, width, request.options)
+        is_new, sha256 = self._record(made, stored, width)
+        return Model(stored, width, request.options, made, sha256, is_new, choice)
 
     def recorded(self, model_id: str) -> ModelRow:
         """The stored recipe of that id. Raises `UnknownModel`."""
@@ -121,9 +128,10 @@ class Provision:
         chunks = self._hashed(model) if is_hashed else iter(model.plan.chunks(start, stop))
         return traced_chunks("provision.stream", chunks, chain=model.stored.chain.name, width=str(model.width))
 
-    def _choose(self, request: ModelRequest, stored: StoredChain) -> Candidate:
+    def _choose(self, request: ModelRequest, asked: StoredChain, terminals: Sequence[StoredChain]) -> Choice:
+        own, *others = (_contender(stored, request.options) for stored in (asked, *terminals))
         try:
-            return widest_that_fits(request.limits, candidates(stored, request.options), stored.chain.name)
+            return choose(request.limits, own, others, any_space=request.embedding_space == "any")
         except BudgetTooSmall as error:
             self._metrics.refusals.add(1, {"limit": error.limit})
             raise
@@ -168,6 +176,10 @@ def candidates(stored: StoredChain, options: EmitOptions) -> list[Candidate]:
         Candidate(width, plan(stored, width, options).costs, frontier.of(width) if frontier else None)
         for width in stored.chain.ladder
     ]
+
+
+def _contender(stored: StoredChain, options: EmitOptions) -> Contender:
+    return Contender(stored.chain.name, stored.chain.embedding_space, tuple(candidates(stored, options)))
 
 
 def _options(recipe: dict[str, Any]) -> EmitOptions:

@@ -40,6 +40,7 @@ from chains.width import Width
 
 STABLE, CANARY = "stable", "canary"
 RESERVED_NAMES = frozenset({STABLE, CANARY})  # they are aliases, and a chain of that name would hide one
+TAKE_BACK = "take that back first, by DELETE /chains/{terminal}/offer"
 Found = TypeVar("Found")
 
 
@@ -95,7 +96,8 @@ class Registry:
     def delete(self, name: str, by: Actor) -> None:
         """Delete a chain and its models. Its file goes with the next collection of garbage; history and audit stay.
 
-        Raises `UnknownChain`, and `ChainInUse` when an alias points at it or a job that has not ended names it.
+        Raises `UnknownChain`, and `ChainInUse` when an alias points at it, an offer is of it or with it, or a job that
+        has not ended names it.
         """
         try:
             self._delete(name, by)
@@ -107,11 +109,12 @@ class Registry:
         with self._database.transaction() as session:
             return known_chain(session, name)
 
-    def load_named(self, name: str) -> StoredChain:
-        """The chain of that name or alias, ready to expand. Raises `UnknownChain` and as `load`."""
+    def load_offered(self, name: str) -> tuple[StoredChain, Sequence[StoredChain]]:
+        """The chain of that name or alias, and the terminal chains that are offered with it, by name; ready to expand.
+        Raises `UnknownChain` and as `load`."""
         with self._database.transaction() as session:
-            digest = _known(name, Chains(session).digest)
-        return self.load(digest)
+            asked, terminals = _known(name, Chains(session).digests)
+        return self.load(asked), [self.load(terminal) for terminal in terminals]
 
     def page(self, after: str, size: int) -> Page:
         """Up to `size` chains whose names follow `after` (empty: from the first). Raises `InvalidPageToken`."""
@@ -167,6 +170,12 @@ class Registry:
                 raise ChainInUse(
                     row.name, f"the alias '{row.aliases[0].alias}' points at it; promote another chain first"
                 )
+            if row.offer is not None:
+                raise ChainInUse(row.name, f"it is offered with chain '{row.offer.chain}'; {TAKE_BACK}")
+            if row.terminals:
+                raise ChainInUse(
+                    row.name, f"terminal chain '{row.terminals[0].terminal}' is offered with it; {TAKE_BACK}"
+                )
             for job in chains.unfinished_jobs():
                 if row.name in _texts(job.request):
                     raise ChainInUse(row.name, f"job {job.id} is {job.state} and names it; wait for it or cancel it")
@@ -189,6 +198,11 @@ def known_chain(session: Session, name: str) -> ChainRow:
     return _known(name, Chains(session).find)
 
 
+def known_name(session: Session, name: str) -> str:
+    """The own name of the chain of that name or alias. Raises `UnknownChain`."""
+    return _known(name, Chains(session).name)
+
+
 def _known(name: str, find: Callable[[str], Found | None]) -> Found:
     """What `find` finds; names no chain can have are not even looked for. Raises `UnknownChain`."""
     found = find(name) if NAME.fullmatch(name) else None
@@ -198,10 +212,11 @@ def _known(name: str, find: Callable[[str], Found | None]) -> Found:
 
 
 def _agree(session: Session, known: ChainRow, offered: ChainRow, by: Actor | None) -> None:
-    """Fill in rights that `by` states and that are still unknown of `known`. Raises `ChainNameTaken` for another file
-    and `ChainRightsDiffer` for other rights."""
+    """Fill in rights that `by` states and that are still unknown of `known`, and what its file alone says. Raises
+    `ChainNameTaken` for another file and `ChainRightsDiffer` for other rights."""
     if known.digest != offered.digest:
         raise ChainNameTaken(known.name, known.digest, offered.digest)
+    known.is_terminal = offered.is_terminal  # a server that knew of no terminal chains may have published it
     before = _said(known)
     for name, stated in _said(offered).items() if by else ():
         if stated in (UNKNOWN, before[name]):
@@ -244,6 +259,7 @@ def _row(stored: StoredChain, rights: Rights, job: str | None) -> ChainRow:
         teacher_width=str(chain.teacher),
         embedding_dim=chain.embedding_dim,
         embedding_space=chain.embedding_space,
+        is_terminal=chain.sizes is not None,
         license=rights.license,
         terms=rights.terms,
         consent_basis=rights.consent_basis,

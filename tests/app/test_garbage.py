@@ -250,7 +250,7 @@ def test_the_file_of_a_deleted_chain_goes(garbage: Garbage, registry: Registry, 
     registry.delete("gone", COMMAND_LINE)
     assert [found.key for found in garbage.collect(COMMAND_LINE).objects] == [content_key(digest)]
     registry.forget_loaded()
-    assert registry.load_named("kept").chain.name == "kept"
+    assert registry.load(registry.find("kept").digest).chain.name == "kept"
 
 
 def test_keys_that_are_not_ours_are_left_alone(garbage: Garbage, store: Scripted) -> None:
@@ -515,7 +515,7 @@ def test_publishing_deleting_and_collecting_at_once_never_loses_a_published_file
         assert collecting.result(60) > 0
     assert losses == [0, 0]
     registry.forget_loaded()
-    assert registry.load_named("stable").chain.name == "stable-one"
+    assert registry.load(registry.find("stable").digest).chain.name == "stable-one"
 
 
 def test_writers_go_first(store: Scripted, monkeypatch: pytest.MonkeyPatch, postgres_url: str) -> None:

@@ -21,6 +21,8 @@ BY_THE_HANDLER = {
     ("/chains/{name}/frontier", "get"): {"404", "500"},
     ("/chains/{name}", "delete"): {"404", "409", "500"},
     ("/chains/{name}/aliases/{alias}", "put"): {"400", "404", "409", "415", "422", "500"},
+    ("/chains/{name}/offer", "put"): {"400", "404", "409", "415", "422", "500"},
+    ("/chains/{name}/offer", "delete"): {"404", "500"},
     ("/aliases", "get"): {"500"},
     ("/aliases/{alias}", "delete"): {"404", "409", "500"},
     ("/aliases/{alias}/history", "get"): {"404", "422", "500"},

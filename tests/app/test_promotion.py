@@ -266,14 +266,14 @@ def test_a_chain_deleted_while_a_model_of_it_is_asked_for_is_unknown(
     registry: Registry, database: Database, make_app: Callable[..., FastAPI], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     provision = Provision(database, registry, make_app().state.services.metrics)
-    load = registry.load_named
+    load = registry.load_offered
 
-    def load_and_lose(name: str) -> artifact.StoredChain:
+    def load_and_lose(name: str) -> object:
         found = load(name)
         registry.delete(name, ME)
         return found
 
-    monkeypatch.setattr(registry, "load_named", load_and_lose)
+    monkeypatch.setattr(registry, "load_offered", load_and_lose)
     with pytest.raises(UnknownChain):
         provision.provide(ModelRequest(Limits(max_macs=10**9), EmitOptions(), "b"))
 
