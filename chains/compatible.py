@@ -13,7 +13,7 @@ when its queries find at least as much in the old gallery as the old queries did
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -22,6 +22,7 @@ from torch import Tensor, nn
 
 from chains.artifact import StoredChain
 from chains.chain import Chain, Floats
+from chains.cost import count_macs
 from chains.cut import Indices
 from chains.data.images import Images
 from chains.errors import ChainMismatch, DataError
@@ -132,12 +133,14 @@ class Compatibility:
 
     old_map: old queries, old gallery. old_gallery_new_query_map: new queries, old gallery. new_map: both new. All three
     at full width. old_gallery_narrowest_query_map: queries of the new chain's narrowest width in the same old gallery.
+    old_width: of the queries of `old_map`, where that is a narrower one; the gallery stays at full width.
     """
 
     old_map: float
     old_gallery_new_query_map: float
     new_map: float
     old_gallery_narrowest_query_map: float
+    old_width: Width | None = None
 
     @property
     def is_met(self) -> bool:
@@ -145,9 +148,13 @@ class Compatibility:
         return self.old_gallery_new_query_map >= self.old_map
 
 
-def measure_compatibility(old: Chain, new: Chain, query_set: Images, gallery_set: Images) -> Compatibility:
-    """Values are rounded to 2 decimals. Raises as `chains.evaluate.embed` and `chains.ranking.rank_sets`."""
-    old_queries, old_gallery = (common_embeddings(old, old.teacher, images) for images in (query_set, gallery_set))
+def measure_compatibility(
+    old: Chain, new: Chain, query_set: Images, gallery_set: Images, old_width: Width | None = None
+) -> Compatibility:
+    """old_width: of the old queries that are to be matched, see `Compatibility`; default the full one. Values are
+    rounded to 2 decimals. Raises as `chains.evaluate.embed` and `chains.ranking.rank_sets`."""
+    old_queries = common_embeddings(old, old_width or old.teacher, query_set)
+    old_gallery = common_embeddings(old, old.teacher, gallery_set)
     new_queries, new_gallery = (common_embeddings(new, new.teacher, images) for images in (query_set, gallery_set))
     narrowest = common_embeddings(new, new.ladder[0], query_set)
 
@@ -159,7 +166,15 @@ def measure_compatibility(old: Chain, new: Chain, query_set: Images, gallery_set
         old_gallery_new_query_map=mean_ap(new_queries, old_gallery),
         new_map=mean_ap(new_queries, new_gallery),
         old_gallery_narrowest_query_map=mean_ap(narrowest, old_gallery),
+        old_width=old_width,
     )
+
+
+def rival_width(old: Chain, macs: int) -> Width:
+    """The width of `old` that a device of `macs` multiply-adds would else get: the widest that costs no more, or the
+    narrowest of all. A model for that device may join the space when its queries find no less than those of it."""
+    fitting = [width for width in old.ladder if count_macs(old.table, width, old.input) <= macs]
+    return fitting[-1] if fitting else old.ladder[0]
 
 
 def joined_space(new: Chain, anchor: Anchor, measured: Compatibility) -> Chain:
@@ -173,7 +188,8 @@ def joined_space(new: Chain, anchor: Anchor, measured: Compatibility) -> Chain:
         "weight": anchor.weight,
         "scale": anchor.scale,
         "is_met": measured.is_met,
-        **asdict(measured),
+        **{name: value for name, value in vars(measured).items() if name != "old_width"},
+        **({} if measured.old_width is None else {"old_width": str(measured.old_width)}),
     }
     space = anchor.embedding_space if measured.is_met else new.embedding_space
     return replace(new, embedding_space=space, provenance={**new.provenance, "compatible_with": record})

@@ -16,6 +16,11 @@
 Messages are for people: what was wrong, with the number, and what to do. They know no HTTP.
 """
 
+from __future__ import annotations
+
+from functools import partial
+from typing import Any
+
 
 class ChainsError(Exception):
     """Base of all errors raised on purpose by this library."""
@@ -75,6 +80,12 @@ class BudgetTooSmall(ChainsError):
         self.limit = limit
         self.requested = requested
         self.smallest_available = smallest_available
+        self._what, self._advice = what, advice
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        """By its arguments: raised in a worker process it must reach the one that waits, which is done by pickling."""
+        arguments = (self.chain, self.limit, self.requested, self.smallest_available)
+        return partial(type(self), what=self._what, advice=self._advice), arguments
 
 
 class UnsupportedOption(ChainsError):

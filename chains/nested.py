@@ -33,11 +33,13 @@ from chains.errors import ArchitectureError, WidthError
 from chains.expand import expand, sum_runs
 from chains.losses import cross_width_triplet, distillation_loss, reid_loss, similarity_loss
 from chains.model import ReIDModel, model_of, module_name, numpy_tensors
-from chains.relations import RELATED, map_relation_loss
+from chains.relations import RELATED, embedding_relation_loss, map_relation_loss
 from chains.taps import traced
 from chains.train import Objective, Trained
 from chains.tree import in_leaf_order
 from chains.width import Width
+
+LATER = ("arkd_maps_weight", "arkd_embeddings_weight")  # weights that recipes of older runs do not have
 
 
 @dataclass(frozen=True)
@@ -51,6 +53,7 @@ class NestedRecipe:
     widths_between: how many random widths a step trains besides its two ends. hard_factor: of every pass's triplet
     loss. merged_share: the share, 0 to 1, of each group's channels that its tree covers, see `chains.tree.grow_trees`.
     arkd_maps_weight: of DEAP's ARKD of a student's maps of stages 3 and 4 against the full width's; for ResNets.
+    arkd_embeddings_weight: of ARKD of a student's lifted embeddings against the full width's; for every network.
     Raises `WidthError` outside these bounds.
     """
 
@@ -63,14 +66,16 @@ class NestedRecipe:
     hard_factor: float = 0.0
     merged_share: float = 0.375
     arkd_maps_weight: float = 0.0
+    arkd_embeddings_weight: float = 0.0
 
     def __post_init__(self) -> None:
         if not 0 <= self.distillation <= 1:
             raise WidthError(f"distillation {self.distillation} is a share of the classification loss, 0 to 1")
         if not 0 <= self.merged_share <= 1:
             raise WidthError(f"merged_share {self.merged_share} is a share of the channels, 0 to 1")
-        if not self.arkd_maps_weight >= 0:
-            raise WidthError(f"arkd_maps_weight {self.arkd_maps_weight} is the weight of a loss, 0 or more")
+        for name in LATER:
+            if not getattr(self, name) >= 0:
+                raise WidthError(f"{name} {getattr(self, name)} is the weight of a loss, 0 or more")
 
 
 @dataclass(frozen=True, eq=False)
@@ -154,13 +159,17 @@ class Sandwich(Objective):
             + self.recipe.similarity_weight * similarity
             + self.recipe.cross_triplet_weight * crossing
             + self.compatible_loss(student, labels)
-            + self.map_loss(student, full)
+            + self.relation_losses(student, full)
         )
 
-    def map_loss(self, student: Pass, full: Pass) -> Tensor | float:
-        """How otherwise the maps of a narrower width relate the images of a batch than the full width's."""
-        related = [map_relation_loss(*maps) for maps in zip(student.maps, full.maps, strict=True)]
-        return self.recipe.arkd_maps_weight * torch.stack(related).sum() if related else 0.0
+    def relation_losses(self, student: Pass, full: Pass) -> Tensor | float:
+        """How otherwise a narrower width relates the images of a batch than the full width, by maps and embeddings."""
+        total: Tensor | float = 0.0
+        for maps in zip(student.maps, full.maps, strict=True):
+            total = total + self.recipe.arkd_maps_weight * map_relation_loss(*maps)
+        if weight := self.recipe.arkd_embeddings_weight:
+            total = total + weight * embedding_relation_loss(student.lifted, full.lifted)
+        return total
 
     def compatible_loss(self, student: Pass, labels: Tensor) -> Tensor | float:
         """How far the lifted embeddings of one pass are from an old space, where the chain shall meet one."""
@@ -245,10 +254,12 @@ class Sandwich(Objective):
 
 def recipe_values(recipe: NestedRecipe) -> dict[str, Any]:
     """`recipe` as JSON values, without what came later and says nothing: older runs that go on are still the same."""
-    values = asdict(recipe)
-    if not recipe.arkd_maps_weight:
-        del values["arkd_maps_weight"]
-    return values
+    return without_later(asdict(recipe))
+
+
+def without_later(values: Mapping[str, Any]) -> dict[str, Any]:
+    """The fields of a recipe without those of `LATER` that are zero."""
+    return {name: value for name, value in values.items() if value or name not in LATER}
 
 
 def require_stages(architecture_name: str) -> None:

@@ -54,7 +54,7 @@ def compatibility_text(record: Mapping[str, Any]) -> str:
     head = f"compatible with {record['chain']}: mAP in percent, galleries at full width"
     cells = [
         ["queries", "old gallery", "new gallery"],
-        ["old chain", f"{record['old_map']:.1f}", "-"],
+        [f"old chain{_at(record.get('old_width'))}", f"{record['old_map']:.1f}", "-"],
         ["new chain", f"{record['old_gallery_new_query_map']:.1f}", f"{record['new_map']:.1f}"],
         ["new chain, narrowest", f"{record['old_gallery_narrowest_query_map']:.1f}", "-"],
     ]
@@ -65,6 +65,10 @@ def compatibility_text(record: Mapping[str, Any]) -> str:
         else f"new queries find less in the old gallery, so the chain has an embedding space of its own, {own}"
     )
     return f"{head}\n\n{text_table(cells)}\n\n{outcome}"
+
+
+def _at(width: str | None) -> str:
+    return "" if width is None else f", {width}"
 
 
 def frontier_row(row: Mapping[str, Any]) -> list[str]:

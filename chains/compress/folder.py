@@ -18,7 +18,7 @@ import re
 import tomllib
 from collections.abc import Callable, Mapping
 from contextlib import ExitStack
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -33,27 +33,36 @@ from chains.budget import Limits
 from chains.calibrate import calibrate
 from chains.chain import Chain, InputSpec
 from chains.classifier import with_classifier
-from chains.compatible import Anchor, anchor_in, compatibility_of, joined_space, measure_compatibility, require_fit
+from chains.compatible import (
+    Anchor,
+    anchor_in,
+    compatibility_of,
+    joined_space,
+    measure_compatibility,
+    require_fit,
+    rival_width,
+)
 from chains.compress.objective import DeapRecipe
 from chains.compress.run import (
     Compressed,
     Stage,
     Start,
-    budget_of,
     compress,
     deap_recipe,
     from_student,
     from_teacher,
     terminal_chain,
 )
+from chains.compress.selection import budget_of
 from chains.config import DataConfig, from_toml, mistake_in, to_toml
+from chains.cost import count_macs
 from chains.errors import ChainsError, DataError
 from chains.evaluate import evaluate_model, measure_frontier
 from chains.export import Exported, origin, read_exported, save_trained
 from chains.importers.pretraining import read_start
 from chains.model import ReIDModel
 from chains.onnxfile import plan
-from chains.pipeline import CHAIN, REPORT, Recorder, load_chain, report_of, require_answers, require_room
+from chains.pipeline import CHAIN, REPORT, Recorder, changed, load_chain, report_of, require_answers, require_room
 from chains.processes import joined, local_device
 from chains.ranking import Ranking
 from chains.runlog import RunLog
@@ -65,7 +74,8 @@ Say = Callable[[str], None]
 ASKED, STUDENT = "compression.toml", "student.safetensors"
 VALIDATION_IDENTITIES = 50
 CALIBRATION_IMAGES = 1024
-REPORT_STEPS = 50
+REPORT_STEPS, CHECKPOINT_STEPS = 50, 500  # at most so many from one to the next
+LOG_LINES, CHECKPOINTS = 200, 20  # of a training that is short
 MAX_NAME = 63  # of a chain, in characters
 
 
@@ -73,7 +83,8 @@ MAX_NAME = 63  # of a chain, in characters
 class Asked:
     """What the user asks for. source: a teacher's file or a chain. width: of the chain's student; default: its widest.
     limits: `None`: prune what vanishes. recipe: a TOML file. start: weights to begin with instead of the teacher's.
-    compatible_with: an old chain, whose embedding space is to be met. name: of the new chain."""
+    compatible_with: an old chain, whose embedding space is to be met. name: of the new chain. changes: other fields of
+    the recipe's two trainings. license: of the new chain; default: the source's. made_from: for its provenance."""
 
     source: Path
     data: DataConfig
@@ -87,6 +98,9 @@ class Asked:
     name: str | None = None
     seed: int = 0
     device: str = "cpu"
+    changes: Mapping[Stage, Mapping[str, Any]] = field(default_factory=dict)
+    license: str | None = None
+    made_from: Mapping[str, str] = field(default_factory=dict)
 
 
 @dataclass(frozen=True, eq=False)
@@ -111,6 +125,7 @@ class Task:
     old: StoredChain | None
     seed: int
     device: str
+    made_from: Mapping[str, str]
 
     @property
     def start(self) -> Start:
@@ -131,6 +146,7 @@ class Task:
             "limits": {} if self.limits is None else dict(self.limits.stated()),
             "recipe": json.loads(json.dumps(asdict(self.recipe))),
             **({} if self.old is None else {"compatible_with": self.old.digest}),
+            **({"made_from": dict(self.made_from)} if self.made_from else {}),
         }
 
 
@@ -154,18 +170,21 @@ def compress_run(asked: Asked, folder: Path, *, resume: bool, say: Say) -> dict[
 def read_task(asked: Asked) -> Task:
     """Everything that `asked` names. Raises as `compress_run`."""
     opened = _of_teacher(asked) if _is_network(asked.source) else _of_chain(asked)
+    opened = replace(opened, license=asked.license or opened.license)
     start, source = opened.start, opened.source
     old = None if asked.compatible_with is None else load_chain(asked.compatible_with)
     recipe = read_deap_recipe(asked.recipe, source)
-    steps = {"prune": asked.steps, "finetune": asked.finetune_steps}
-    changed = {s: replace(getattr(recipe, s), steps=count) for s, count in steps.items() if count is not None}
-    recipe = replace(recipe, **changed)
+    recipe = replace(
+        recipe,
+        prune=changed(recipe.prune, asked.steps, asked.changes.get("prune", {})),
+        finetune=changed(recipe.finetune, asked.finetune_steps, asked.changes.get("finetune", {})),
+    )
     if start.student.width != start.tutor.trained.model.width and recipe.gap_weight and asked.recipe is None:
         recipe = replace(recipe, gap_weight=0.0)  # its maps have other channels than the teacher's
     name = asked.name or f"{_as_name(start.name)[:52]}-deap"
     if _as_name(name) != name or len(name) > MAX_NAME:
         raise DataError(f"--name is '{name[:80]}'; write it as in '{_as_name(name)[:MAX_NAME]}'")
-    return Task(opened, name, recipe, asked.limits, old, asked.seed, asked.device)
+    return Task(opened, name, recipe, asked.limits, old, asked.seed, asked.device, asked.made_from)
 
 
 def _of_teacher(asked: Asked) -> Opened:
@@ -248,9 +267,10 @@ def read_deap_recipe(path: Path | None, source: Source) -> DeapRecipe:
 def _prepare(task: Task, folder: Path) -> None:
     """Claim the folder, once nothing is left that would be refused before the first step."""
     require_answers(task.source)
-    budget_of(task.start, task.opened.input, task.limits)
+    student = task.start.student
+    budget_of(task.start.name, student.table, student.width, task.opened.input, task.limits)
     if task.old is not None:
-        require_fit(task.old.chain, task.source.train, task.start.student.backbone.channels)
+        require_fit(task.old.chain, task.source.train, student.backbone.channels)
     for recipe in (task.recipe.prune, task.recipe.finetune):
         require_startable(task.source.train, recipe, task.device)
     text = tomli_w.dumps(to_toml(task.asked))
@@ -275,9 +295,11 @@ def _train(task: Task, folder: Path, log: RunLog | None, say: Say) -> tuple[Comp
         return {"map": ranking.map, "rank1": ranking.rank(1)}
 
     def runs(stage: Stage) -> Run:
-        epoch = epoch_steps(train, (task.recipe.prune if stage == "prune" else task.recipe.finetune).batch)
-        report = None if log is None else Recorder(stage, log, REPORT_STEPS, say, epoch)
-        return Run(task.device, report, folder / f"checkpoint-{stage}.safetensors")
+        recipe = task.recipe.prune if stage == "prune" else task.recipe.finetune
+        told = max(1, min(REPORT_STEPS, recipe.steps // LOG_LINES))
+        report = None if log is None else Recorder(stage, log, told, say, epoch_steps(train, recipe.batch))
+        kept = max(1, min(CHECKPOINT_STEPS, recipe.steps // CHECKPOINTS))
+        return Run(task.device, report, folder / f"checkpoint-{stage}.safetensors", kept)
 
     settling = choose(train, CALIBRATION_IMAGES, task.seed)
     done = compress(
@@ -334,10 +356,12 @@ def _measured(task: Task) -> dict[str, Ranking]:
 
 
 def _in_its_space(task: Task, chain: Chain, anchor: Anchor | None) -> Chain:
-    """`chain` in the old chain's embedding space, where that was asked for and measured to work."""
+    """`chain` in the old chain's embedding space, where that was asked for and measured to work: its queries find no
+    less in the old full-width gallery than those of the student that a device of its size would else get."""
     if task.old is None or anchor is None:
         return chain
-    measured = measure_compatibility(task.old.chain, chain, task.source.query, task.source.gallery)
+    rival = rival_width(task.old.chain, count_macs(chain.table, chain.teacher, chain.input))
+    measured = measure_compatibility(task.old.chain, chain, task.source.query, task.source.gallery, rival)
     return joined_space(chain, anchor, measured)
 
 

@@ -19,7 +19,9 @@ from chains.compatible import (
     compatibility_of,
     joined_space,
     measure_compatibility,
+    rival_width,
 )
+from chains.cost import count_macs
 from chains.data.batches import BatchRecipe
 from chains.data.images import ImageSet
 from chains.errors import ChainMismatch, DataError, NotCalibrated
@@ -135,6 +137,9 @@ PEOPLE = flat_people(12, EACH)
 NUMBER = np.tile(np.arange(EACH), 12)
 TRAIN, QUERY, GALLERY = (PEOPLE.take(np.flatnonzero(some)) for some in (NUMBER < 24, NUMBER == 24, NUMBER > 24))
 QUERY.camids[:] = 2
+A_MEASURE = Compatibility(
+    old_map=60.0, old_gallery_new_query_map=60.0, new_map=70.0, old_gallery_narrowest_query_map=50.0
+)
 
 
 def longer(steps: int) -> TrainRecipe:
@@ -199,12 +204,28 @@ def test_a_chain_measured_against_itself_loses_nothing(old: StoredChain) -> None
     assert measured.is_met
 
 
+def test_queries_of_a_narrower_width_may_be_what_is_to_be_matched(old: StoredChain) -> None:
+    measured = measure_compatibility(old.chain, old.chain, QUERY, GALLERY, LADDER[0])
+    assert measured.old_map == measured.old_gallery_narrowest_query_map < measured.new_map
+    record = compatibility_of(joined_space(pico_chain(), an_anchor(), measured))
+    assert record is not None
+    assert record["old_width"] == str(LADDER[0])
+    assert "old_width" not in (compatibility_of(joined_space(pico_chain(), an_anchor(), A_MEASURE)) or {})
+
+
+def test_the_width_to_be_matched_costs_no_more_than_the_model(old: StoredChain) -> None:
+    costs = [count_macs(old.chain.table, width, INPUT) for width in old.chain.ladder]
+    assert rival_width(old.chain, costs[1]) == rival_width(old.chain, costs[2] - 1) == old.chain.ladder[1]
+    assert rival_width(old.chain, costs[-1]) == old.chain.teacher
+    assert rival_width(old.chain, costs[0] - 1) == old.chain.ladder[0]
+
+
 # --- which space the new chain is in
 
 
 @pytest.mark.parametrize(("across", "space"), [(60.0, "es-old"), (59.99, "pico-0")])
 def test_a_chain_keeps_the_old_space_only_where_new_queries_find_no_less(across: float, space: str) -> None:
-    measured = Compatibility(60.0, across, 70.0, 50.0)
+    measured = replace(A_MEASURE, old_gallery_new_query_map=across)
     chain = load(dump(joined_space(pico_chain(), an_anchor(), measured))).chain
     record = compatibility_of(chain)
     assert record is not None

@@ -12,6 +12,7 @@ import pytest
 from app.cli import main
 from chains.artifact import load, save
 from chains.budget import Limits, exceeded
+from chains.compatible import rival_width
 from chains.compress.folder import Asked, compress_run, read_task
 from chains.config import DataConfig, RecipeFile, parse_config
 from chains.cost import count_macs
@@ -242,4 +243,5 @@ def test_the_full_width_is_trained_into_its_chain_s_space_and_measured(folder: P
     record, chain = report["compatible_with"], load(tmp_path / "run" / "chain.safetensors").chain
     old = load(folder / "chain.safetensors").chain
     assert (chain.embedding_space == old.embedding_space) == record["is_met"]
+    assert record["old_width"] == str(rival_width(old, report["costs"]["macs"]))
     assert np.array_equal(chain.lift(Width(4)), old.lift(Width(4)))
