@@ -17,6 +17,7 @@ the directory comes along. Under torchrun all processes train and the first one 
 
 from __future__ import annotations
 
+import hashlib
 import json
 from collections.abc import Callable, Mapping
 from contextlib import ExitStack
@@ -52,6 +53,7 @@ from chains.export import Exported, load_trained, origin, read_exported, save_tr
 from chains.importers.pretraining import read_start
 from chains.losses import PAPER_LOSS
 from chains.model import ReIDModel, load_student
+from chains.nested import without_later
 from chains.oskt import projected
 from chains.processes import Processes, joined, local_device
 from chains.refine import Refined, clustered, refine
@@ -269,8 +271,9 @@ class _Stages:
         _, spec, classifier = self.teacher
         config = self.config.refinement
         start = clustered(self.refined_teacher, self.ladder, config.mode, config.nested)
+        known = provenance(self.config, self.source.name)
         noted = {} if self.config.teacher.classifier == "own" else {"classifier": classifier}
-        return self.new_chain(start, self.ladder, spec, noted)
+        return self.new_chain(start, self.ladder, spec, {**known, **noted})
 
     def calibrate(self, chain: Chain) -> Chain:
         self.say("calibration of every width")
@@ -385,7 +388,8 @@ class _Stages:
             """mAP of the chain's two ends, as it would be served now."""
             ends = (self.ladder[0], self.ladder[-1])
             device = self.config.device
-            chain = calibrate(self.new_chain(refined, ends, spec, {}), self.calibration_images(BATCH), device)
+            chain = self.new_chain(refined, ends, spec, start.provenance)
+            chain = calibrate(chain, self.calibration_images(BATCH), device)
             students = (load_student(chain, width).to(local_device(device)) for width in ends)
             rankings = (evaluate_model(student, query, gallery, spec) for student in students)
             return {f"map {name}": r.map for name, r in zip(("narrowest", "full"), rankings, strict=True)}
@@ -405,7 +409,7 @@ class _Stages:
             compatible=self.anchor,
             partitions=start.partitions,
         )
-        return replace(self.new_chain(refined, self.ladder, spec, {}), provenance=start.provenance)
+        return self.new_chain(refined, self.ladder, spec, start.provenance)
 
     def engine(self, stage: str, epoch: int) -> Run:
         """`epoch`: in steps."""
@@ -427,7 +431,7 @@ class _Stages:
         return choose(self.source.train, count, self.config.evaluation.seed)
 
     def new_chain(
-        self, refined: Refined, ladder: tuple[Width, ...], input: InputSpec, measured: Mapping[str, Any]
+        self, refined: Refined, ladder: tuple[Width, ...], input: InputSpec, provenance: Mapping[str, Any]
     ) -> Chain:
         return refined.chain(
             name=self.config.name,
@@ -436,7 +440,7 @@ class _Stages:
             teacher=self.config.teacher.width,
             input=input,
             license=self.config.license,
-            provenance={**provenance(self.config, self.source.name), **measured},
+            provenance=provenance,
         )
 
 
@@ -455,17 +459,18 @@ def load_chain(path: Path) -> StoredChain:
 
 
 def provenance(config: Config, data: str) -> dict[str, Any]:
-    """How a chain came to be, as JSON values: what decides the result, and no path, device or clock."""
+    """How a chain came to be, as JSON values: what decides the result, and no path, device or clock. A teacher that was
+    not trained here is named by the sha256 of its file, by which the report of its own making is found."""
     values = config.model_dump(mode="json")
-    for name in ("source", "start"):
-        values["teacher"][name] = values["teacher"][name] is not None
+    source, start = config.teacher.source, config.teacher.start
+    values["teacher"]["source"] = source is not None and _sha256(_file_of(source))
+    values["teacher"]["start"] = start is not None
     values["data"].pop("root")
     # Options that came later are left out where they say nothing, so that older runs, done again, give the same bytes.
     for section, name, nothing in (("teacher", "classifier", "own"), ("data", "name", None)):
         if values[section][name] == nothing:
             del values[section][name]
-    if not values["refinement"]["nested"]["arkd_maps_weight"]:
-        del values["refinement"]["nested"]["arkd_maps_weight"]
+    values["refinement"]["nested"] = without_later(values["refinement"]["nested"])
     kept = ["seed", "data", "teacher", "refinement", "evaluation", *(["made_from"] if config.made_from else [])]
     return {"made_by": "widthwise refine", "images": data, **{name: values[name] for name in kept}}
 
@@ -519,6 +524,11 @@ def report_of(stored: StoredChain) -> dict[str, Any]:
 def _file_of(source: Path) -> Path:
     """The teacher's file: `source` itself, or in a run directory."""
     return source / TEACHER if source.is_dir() else source
+
+
+def _sha256(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def _taken(config: TeacherConfig, source: Path, size: tuple[int, int]) -> Exported:

@@ -24,9 +24,13 @@ from pydantic import BaseModel, ConfigDict, Field, TypeAdapter, ValidationError
 from chains import pipeline
 from chains.artifact import StoredChain, save
 from chains.atomic import write_whole
+from chains.budget import Limits
 from chains.calibrate import calibrate
 from chains.chain import Chain, Floats, InputSpec
 from chains.commands import comparison_csv, figures, rank_embedded, with_frontier, write_plots
+from chains.compress.folder import Asked, compress_run
+from chains.compress.objective import DEAP_BATCH
+from chains.compress.run import Stage as Training
 from chains.config import DataConfig, parse_config
 from chains.data.batches import BatchRecipe
 from chains.data.images import Images, chunks
@@ -34,6 +38,9 @@ from chains.downstream import Downstream, finetune_run
 from chains.errors import ChainsError, DataError
 from chains.evaluate import evaluate_model
 from chains.export import read_exported
+from chains.fuse.answering import Confinement
+from chains.fuse.config import parse_fusion
+from chains.fuse.run import run_fusion
 from chains.importers.frozen import embed_frozen, read_graph
 from chains.model import normalise
 from chains.onnxfile import EmitOptions
@@ -48,6 +55,7 @@ from chains.width import Width
 
 Result = Mapping[str, Any]
 TABLE = "widths.csv"
+USUAL_BATCH = BatchRecipe()
 FROZEN_BATCH = 64  # images that an ONNX teacher gets at once
 
 
@@ -128,6 +136,38 @@ class FinetuneTask(_OnChain):
     changes: dict[str, Any] = Field(default_factory=dict)
 
 
+class CompressTask(_Task):
+    """`chains.compress.folder.compress_run` with these arguments. limits: those that are stated; `None`: none. changes:
+    fields of the recipe's trainings, by stage."""
+
+    do: Literal["compress"] = "compress"
+    source: Path
+    data: DataConfig
+    folder: Path
+    name: str
+    license: str
+    made_from: dict[str, str]
+    limits: dict[str, int] | None = None
+    width: str | None = None
+    changes: dict[Training, dict[str, Any]] = Field(default_factory=dict)
+    compatible_with: Path | None = None
+    seed: int = 0
+    device: str = "cpu"
+
+
+class FuseTask(_Task):
+    """`chains.fuse.run.run_fusion` with these arguments; `folder` may come from another machine. config: as in the TOML
+    file, with absolute paths. changes: fields of the recipe. The teacher is written also where it is worse than its
+    best input: the report says so, and whoever asked decides."""
+
+    do: Literal["fuse"] = "fuse"
+    config: dict[str, Any]
+    folder: Path
+    steps: int | None = None
+    changes: dict[str, Any] = Field(default_factory=dict)
+    confinement: Confinement | None = None
+
+
 class ExportTask(_Task):
     """The student of one width as an ONNX file, at `out`."""
 
@@ -138,7 +178,15 @@ class ExportTask(_Task):
 
 
 Task = Annotated[
-    RefineTask | CalibrateTask | EvaluateTask | EvaluateTeacherTask | VerifyTask | FinetuneTask | ExportTask,
+    RefineTask
+    | CalibrateTask
+    | EvaluateTask
+    | EvaluateTeacherTask
+    | VerifyTask
+    | FinetuneTask
+    | CompressTask
+    | FuseTask
+    | ExportTask,
     Field(discriminator="do"),
 ]
 _TASK: TypeAdapter[Task] = TypeAdapter(Task)
@@ -230,6 +278,39 @@ def finetune(task: FinetuneTask) -> Result | None:
     return report
 
 
+def compress(task: CompressTask) -> Result | None:
+    """The run's report."""
+    asked = Asked(
+        task.source,
+        task.data,
+        limits=None if task.limits is None else Limits(**task.limits),
+        width=task.width,
+        compatible_with=task.compatible_with,
+        name=task.name,
+        seed=task.seed,
+        device=task.device,
+        changes={stage: _recipe_changes(values, DEAP_BATCH) for stage, values in task.changes.items()},
+        license=task.license,
+        made_from=task.made_from,
+    )
+    return compress_run(asked, task.folder, resume=True, say=_say)
+
+
+def fuse(task: FuseTask) -> Result | None:
+    """The run's report."""
+    return run_fusion(
+        parse_fusion(task.config, "the request", task.folder),
+        task.folder,
+        resume=True,
+        keep_worse=True,
+        say=_say,
+        steps=task.steps,
+        changes=_recipe_changes(task.changes),
+        moved=True,
+        confinement=task.confinement,
+    )
+
+
 def export(task: ExportTask) -> Result:
     stored = load_chain(task.chain)
     write_whole(task.out, write_onnx(stored, Width.parse(task.width), EmitOptions()))
@@ -243,6 +324,8 @@ WORK: Mapping[str, Callable[[Any], Result | None]] = {
     "evaluate-teacher": evaluate_teacher,
     "verify": verify_chain,
     "finetune": finetune,
+    "compress": compress,
+    "fuse": fuse,
     "export": export,
 }
 
@@ -266,10 +349,10 @@ def main(arguments: list[str]) -> int:
     return 0
 
 
-def _recipe_changes(changes: Mapping[str, Any]) -> dict[str, Any]:
-    """Fields of a `TrainRecipe` from JSON values. Raises `DataError`."""
+def _recipe_changes(changes: Mapping[str, Any], usual: BatchRecipe = USUAL_BATCH) -> dict[str, Any]:
+    """Fields of a `TrainRecipe` from JSON values; those of its batch replace some of `usual`. Raises `DataError`."""
     try:
-        given = {"batch": BatchRecipe(**changes["batch"])} if "batch" in changes else {}
+        given = {"batch": replace(usual, **changes["batch"])} if "batch" in changes else {}
         known = {name: value for name, value in changes.items() if name in TrainRecipe.__dataclass_fields__}
         if unknown := changes.keys() - known.keys():
             raise DataError(f"a recipe has no field '{min(unknown)}'")

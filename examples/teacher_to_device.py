@@ -38,6 +38,7 @@ RIGHTS = {"license": "Apache-2.0", "terms": "any", "consent_basis": "synthetic"}
 MEAN, STD = [0.485, 0.456, 0.406], [0.229, 0.224, 0.225]
 PART_BYTES = 1024 * 1024
 SHOWN = ("state", "stage", "step", "steps", "eta_s", "losses", "early_map", "attempt", "error")
+CHECKED = ("architecture", "width", "input", "report")
 PATIENCE_S = 600  # for servers that are away, and between two signs of life of a job
 
 
@@ -183,15 +184,33 @@ def announce(content: bytes) -> dict[str, Any]:
 
 def bring(api: Api, name: str, teacher: Path, people: Path) -> None:
     """Register and upload teacher and data set; wait until workers have checked both."""
-    weights, archive = teacher.read_bytes(), people.read_bytes()
-    api.json("POST", "/teachers", {"name": name, **announce(weights), **RIGHTS})
+    send_teacher(api, name, teacher)
+    send_people(api, name, people)
+    for path in (f"/teachers/{name}", f"/datasets/{name}"):
+        print_checked(api, path)
+
+
+def send_teacher(api: Api, name: str, file: Path) -> str:
+    """Register and upload a teacher; the sha256 of its file."""
+    weights = file.read_bytes()
+    announced = announce(weights)
+    api.json("POST", "/teachers", {"name": name, **announced, **RIGHTS})
+    upload(api, f"/teachers/{name}/weights", weights)
+    return str(announced["sha256"])
+
+
+def send_people(api: Api, name: str, file: Path) -> None:
+    """Register and upload a data set."""
+    archive = file.read_bytes()
     source = {"kind": "archive", **announce(archive)}
     api.json("POST", "/datasets", {"name": name, "source": source, "layout": "market1501", **RIGHTS})
-    upload(api, f"/teachers/{name}/weights", weights)
     upload(api, f"/datasets/{name}/archive", archive)
-    checked = wait_until_checked(api, f"/teachers/{name}")
-    print(f"teacher {name}: {checked['architecture']} of width {checked['width']}")
-    print(f"data set {name}: {json.dumps(wait_until_checked(api, f'/datasets/{name}')['report'])[:200]}")
+
+
+def print_checked(api: Api, path: str) -> None:
+    """What a check found, once a worker has made it."""
+    found = wait_until_checked(api, path)
+    print(f"{path}: {json.dumps({name: found[name] for name in CHECKED if name in found})[:300]}")
 
 
 def refine(api: Api, name: str, steps: int, processes: int) -> dict[str, Any]:
@@ -200,12 +219,17 @@ def refine(api: Api, name: str, steps: int, processes: int) -> dict[str, Any]:
         "name": name, "teacher": name, "dataset": name, "steps": steps, "narrowest": "4", "rungs": 4,
         "precision": "bfloat16", "processes": processes, "evaluation": {"calibration_images": 256},
     }  # fmt: skip
-    key = {"Idempotency-Key": f"refine-{name}"}  # so that asking again after a lost answer asks for nothing new
-    job = api.json("POST", "/jobs", {"kind": "refine", "request": request}, key)["id"]
-    print(f"job {job}")
-    for kind, data in follow(api, job):
-        if kind != "log":  # what the program on the worker says; GET /jobs/{id}/log has it all
-            print(f"  {kind}: {json.dumps({name: data[name] for name in SHOWN if name in data})}", flush=True)
+    return finished(api, "refine", request)
+
+
+def finished(api: Api, kind: str, request: Mapping[str, Any]) -> dict[str, Any]:
+    """Ask for a job, watch it, and return its result. Raises `Failed` with the job's own words."""
+    key = {"Idempotency-Key": f"{kind}-{request['name']}"}  # asking again after a lost answer asks for nothing new
+    job = api.json("POST", "/jobs", {"kind": kind, "request": request}, key)["id"]
+    print(f"job {job}: {kind}")
+    for event, data in follow(api, job):
+        if event != "log":  # what the program on the worker says; GET /jobs/{id}/log has it all
+            print(f"  {event}: {json.dumps({name: data[name] for name in SHOWN if name in data})}", flush=True)
     ended: dict[str, Any] = api.json("GET", f"/jobs/{job}")
     if ended["state"] != "succeeded":
         raise Failed(f"job {job} {ended['state']}: {ended['error']}")

@@ -26,7 +26,7 @@ from app.api.schemas import RequestSchema
 from app.db.jobs import State
 from app.db.tables import JobEventRow, JobFileRow, JobRow
 from app.errors import DatabaseUnavailable, UnknownJob
-from app.services.job_requests import CalibrateIn, EvaluateIn, FinetuneIn, RefineIn
+from app.services.job_requests import CalibrateIn, CompressIn, EvaluateIn, FinetuneIn, FuseIn, RefineIn
 from app.services.jobs import MAX_PRIORITY, JobPage
 from app.services.keys import CACHE_S
 
@@ -100,7 +100,24 @@ class FinetuneJobIn(_JobIn):
     request: FinetuneIn
 
 
-JobIn = Annotated[RefineJobIn | CalibrateJobIn | EvaluateJobIn | FinetuneJobIn, Field(discriminator="kind")]
+class CompressJobIn(_JobIn):
+    """One network for one target."""
+
+    kind: Literal["compress"]
+    request: CompressIn
+
+
+class FuseJobIn(_JobIn):
+    """Teachers become one that a chain can be made of."""
+
+    kind: Literal["fuse"]
+    request: FuseIn
+
+
+JobIn = Annotated[
+    RefineJobIn | CalibrateJobIn | EvaluateJobIn | FinetuneJobIn | CompressJobIn | FuseJobIn,
+    Field(discriminator="kind"),
+]
 
 
 class JobOut(BaseModel):

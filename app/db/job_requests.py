@@ -18,7 +18,7 @@ class OpenRequests:
         self._session = session
 
     def naming(self, name: str, kinds: Sequence[str]) -> str | None:
-        """The id of the oldest job of these kinds that will publish a chain called `name`, if there is one."""
+        """The id of the oldest job of these kinds that will make something called `name`, if there is one."""
         return self._session.scalar(
             select(JobRow.id)
             .where(

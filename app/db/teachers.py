@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from datetime import datetime
 from typing import Any
 
-from sqlalchemy import select, update
+from sqlalchemy import or_, select, update
 from sqlalchemy.orm import Session
 
 from app.db.jobs import UNFINISHED
 from app.db.tables import JobRow, TeacherRow
+
+FUSE = "fuse"  # the kind of job that makes a teacher, called `name` in its request, of several
 
 
 class TeacherRows:
@@ -51,10 +53,15 @@ class TeacherRows:
         return moved.one_or_none() is not None
 
     def open_job(self, name: str) -> str | None:
-        """The id of a job that has not ended and names this teacher in its request, if there is one."""
-        return self._session.scalar(
-            select(JobRow.id)
-            .where(JobRow.state.in_(UNFINISHED), JobRow.request["teacher"].as_string() == name)
-            .order_by(JobRow.created_at)
-            .limit(1)
+        """The id of a job that has not ended and needs this teacher, if there is one."""
+        asked = or_(JobRow.request["teacher"].as_string() == name, JobRow.kind == FUSE)
+        found = self._session.scalars(
+            select(JobRow).where(JobRow.state.in_(UNFINISHED), asked).order_by(JobRow.created_at)
         )
+        return next((job.id for job in found if name in _teachers_in(job.request)), None)
+
+
+def _teachers_in(request: Mapping[str, Any]) -> set[str | None]:
+    """The teachers that the request of a job names as what it needs."""
+    inputs = {one["teacher"] for one in request.get("inputs", ())}
+    return {request.get("teacher"), request.get("start_from"), *inputs}

@@ -13,38 +13,54 @@ from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from typing import Annotated, Any, Literal, Self
 
-from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import (
+    AfterValidator,
+    BaseModel,
+    ConfigDict,
+    Discriminator,
+    Field,
+    Tag,
+    ValidationError,
+    model_validator,
+)
 from sqlalchemy.orm import Session
 
 from app.db.job_requests import OpenRequests
 from app.db.repositories import Chains
 from app.db.tables import ChainRow, DatasetRow, TeacherRow
-from app.db.teachers import TeacherRows
+from app.db.teachers import FUSE, TeacherRows
 from app.errors import (
     ChainExists,
     InvalidJobRequest,
     JobImpossible,
     ReservedName,
+    TeacherExists,
     TeacherNotReady,
     UnknownChain,
     UnknownJobKind,
     UnknownTeacher,
 )
 from app.services.datasets import Datasets
+from app.services.limits import LimitsIn
 from app.services.names import PATTERN
 from app.services.registry import RESERVED_NAMES
-from app.services.teachers import READY
-from app.terms import rights_of, strictest
+from app.services.teachers import READY, require_unclaimed
+from app.terms import Rights, rights_of, strictest
 from chains.arch import Architecture
 from chains.architectures import architecture, architecture_names
 from chains.architectures.vit import refined_name
+from chains.chain import InputSpec
+from chains.compress.selection import budget_of
 from chains.errors import ArchitectureError, WidthError
+from chains.fuse.views import PAPER_VIEWS
 from chains.width import Width, default_narrowest, even_ladder
 
 MAX_LICENSE = 200  # characters that a chain file's licence may have
 MAX_STEPS = 10_000_000
 SMALL_STEPS = 300  # of the preset "small": every stage of a run within minutes
+FINETUNE_SHARE = 6  # of a compression: steps with pruners to one of finetuning, as its 90 epochs are to 15
 RUNGS = 7
+WHOLE_SCHEDULES = frozenset({"paper", "usual"})  # presets that give all that a request does not name
 FROZEN = "onnx"  # the architecture of a teacher that came as ONNX
 
 
@@ -57,9 +73,25 @@ def _width(text: str) -> str:
     return text
 
 
+def _architecture(name: str) -> str:
+    """As its table has it. Raises `ValueError`."""
+    try:
+        return architecture(name).name
+    except ArchitectureError as error:
+        raise ValueError(str(error)) from error
+
+
+def _view(name: str) -> str:
+    if name not in PAPER_VIEWS:
+        raise ValueError(f"'{name[:40]}' is none of {', '.join(PAPER_VIEWS)}; or give top and bottom")
+    return name
+
+
 Name = Annotated[str, Field(pattern=PATTERN)]
 WidthText = Annotated[str, Field(max_length=40), AfterValidator(_width)]
 Steps = Annotated[int, Field(ge=1, le=MAX_STEPS)]
+Side = Annotated[int, Field(ge=16, le=1024)]  # of an image, in pixels
+Weight = Annotated[float, Field(ge=0, le=1000, allow_inf_nan=False)]
 Rate = Annotated[float, Field(gt=0, le=10, allow_inf_nan=False)]
 Seed = Annotated[int, Field(ge=0, le=2**31 - 1)]
 
@@ -76,6 +108,11 @@ class JobRequest(BaseModel):
     @property
     def new_chain(self) -> str | None:
         """The name under which the job publishes a chain; `None`: it publishes none."""
+        return None
+
+    @property
+    def new_teacher(self) -> str | None:
+        """The name of the teacher that the job makes; `None`: it makes none."""
         return None
 
 
@@ -104,13 +141,7 @@ class EvaluationIn(BaseModel):
 class _Training(JobRequest):
     """How a training goes. Every process takes `micro_batches / processes` of a step's batches."""
 
-    preset: Annotated[
-        Literal["small", "paper"] | None,
-        Field(
-            description=f"`small`: {SMALL_STEPS} steps, to see every stage; `paper`: the schedule of OSKT (ICCV 2025) "
-            "for as many images; null: Adam with warm-up and a cosine, as long as `steps` says"
-        ),
-    ] = None
+    preset: Literal["small", "paper", "usual"] | None = None
     steps: Annotated[Steps | None, Field(description="of the optimiser; required without a preset")] = None
     learning_rate: Annotated[Rate | None, Field(description="default 0.002, or the paper's")] = None
     batch: Annotated[BatchIn | None, Field(description="default 16 × 4; the preset `paper` has its own")] = None
@@ -126,8 +157,8 @@ class _Training(JobRequest):
     def _check_training(self) -> Self:
         if self.preset is None and self.steps is None:
             raise ValueError("give steps, or a preset: how long to train")
-        if self.preset == "paper" and self.batch is not None:
-            raise ValueError("the preset 'paper' has a batch of its own; leave batch or the preset out")
+        if self.preset in WHOLE_SCHEDULES and self.batch is not None:
+            raise ValueError(f"the preset '{self.preset}' has a batch of its own; leave batch or the preset out")
         if (self.micro_batches or self.processes) % self.processes:
             raise ValueError(
                 f"{self.micro_batches} micro_batches cannot be shared out among {self.processes} processes; "
@@ -143,6 +174,13 @@ class RefineIn(_Training):
 
     name: Annotated[Name, Field(description="of the new chain")]
     teacher: Annotated[Name, Field(description="a teacher that is ready")]
+    preset: Annotated[
+        Literal["small", "paper"] | None,
+        Field(
+            description=f"`small`: {SMALL_STEPS} steps, to see every stage; `paper`: the schedule of OSKT (ICCV 2025) "
+            "for as many images; null: Adam with warm-up and a cosine, as long as `steps` says"
+        ),
+    ] = None
     mode: Annotated[Literal["nested", "oskt"], Field(description="`oskt`: the paper's chain")] = "nested"
     ladder: Annotated[
         list[WidthText] | None,
@@ -255,11 +293,161 @@ class FinetuneIn(_Training):
     ] = "paper"
 
 
+class CompressIn(_Training):
+    """One network for one target: a teacher, or a student of a chain, pruned while it is distilled (DEAP). It becomes a
+    chain of one width."""
+
+    name: Annotated[Name, Field(description="of the new chain")]
+    chain: Annotated[Name | None, Field(description="name or alias of a chain; one width of it is compressed")] = None
+    width: Annotated[WidthText | None, Field(description="of the chain's ladder; default its widest")] = None
+    teacher: Annotated[Name | None, Field(description="instead of a chain: a teacher that is ready, a ResNet")] = None
+    limits: Annotated[
+        LimitsIn | None, Field(description="what the target can bear; null: what vanishes by itself goes")
+    ] = None
+    preset: Annotated[
+        Literal["small", "paper"] | None,
+        Field(
+            description=f"`small`: {SMALL_STEPS} steps with pruners and {SMALL_STEPS // FINETUNE_SHARE} of finetuning, "
+            "to see every stage; `paper`: 90 epochs of DEAP, then 15; null: as long as `steps` says"
+        ),
+    ] = "paper"
+    steps: Annotated[Steps | None, Field(description="with pruners; required without a preset")] = None
+    finetune_steps: Annotated[
+        Steps | None, Field(description=f"after pruning; default the preset's, or 1/{FINETUNE_SHARE} of `steps`")
+    ] = None
+    learning_rate: Annotated[Rate | None, Field(description="with pruners; default 0.00035")] = None
+    batch: Annotated[BatchIn | None, Field(description="default 16 × 6; the preset `paper` has its own")] = None
+    compatible_with: Annotated[
+        Name | None, Field(description="name or alias of a chain, whose embedding space is to be met")
+    ] = None
+
+    @property
+    def new_chain(self) -> str:
+        return self.name
+
+    @model_validator(mode="after")
+    def _check_source(self) -> Self:
+        if (self.chain is None) == (self.teacher is None):
+            raise ValueError("give one of chain and teacher: what is compressed")
+        if self.width is not None and self.chain is None:
+            raise ValueError("width is for chains; a teacher has only one")
+        return self
+
+
+class SizeIn(BaseModel):
+    """Of images, in pixels."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, strict=True)
+
+    height: Side
+    width: Side
+
+
+class ViewIn(BaseModel):
+    """The rows of the image that a network sees, as fractions of its height, at the size it wants."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, strict=True)
+
+    top: Annotated[float, Field(ge=0, lt=1)]
+    bottom: Annotated[float, Field(gt=0, le=1)]
+    height: Annotated[Side | None, Field(description="of the teacher's images; by default as it is registered")] = None
+    width: Side | None = None
+
+    @model_validator(mode="after")
+    def _check_rows(self) -> Self:
+        if not self.top < self.bottom:
+            raise ValueError(f"a view runs down from top to bottom, not from {self.top:g} to {self.bottom:g}")
+        return self
+
+
+View = Annotated[
+    Annotated[str, AfterValidator(_view), Tag("name")] | Annotated[ViewIn, Tag("rows")],
+    Discriminator(lambda given: "name" if isinstance(given, str) else "rows"),
+]
+
+
+class FuseInputIn(BaseModel):
+    """A teacher that is learnt from; it only has to answer, so an ONNX file will do."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, strict=True)
+
+    teacher: Annotated[Name, Field(description="a teacher that is ready, an ONNX file too")]
+    view: Annotated[
+        View | None, Field(description=f"what it sees: {', '.join(PAPER_VIEWS)}, or rows; null: the whole image")
+    ] = None
+
+
+class FusionLossIn(BaseModel):
+    """Weights of the two losses by which a student learns from teachers; 0 is without."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, strict=True)
+
+    map: Annotated[Weight, Field(description="of their feature maps")] = 1.0
+    retrieval: Annotated[Weight, Field(description="of their embeddings")] = 1.0
+
+
+class FuseIn(_Training):
+    """Teachers that see a part of the person each, or one foreign network, become one teacher that a chain can be made
+    of (Factorized Distillation): settle → fuse → register."""
+
+    name: Annotated[Name, Field(description="of the new teacher")]
+    inputs: Annotated[list[FuseInputIn], Field(min_length=1, max_length=16, description="whom it learns from")]
+    image: Annotated[SizeIn, Field(description="what the new teacher sees; its mean and std are ImageNet's")]
+    architecture: Annotated[
+        str, Field(max_length=64), AfterValidator(_architecture), Field(description="of the new teacher")
+    ] = "resnet50"
+    width: Annotated[WidthText | None, Field(description="of the new teacher; default its architecture's usual")] = None
+    start_from: Annotated[
+        Name | None, Field(description="a teacher of that architecture and width, whose weights training begins with")
+    ] = None
+    loss: FusionLossIn = FusionLossIn()
+    preset: Annotated[
+        Literal["small", "usual"] | None,
+        Field(
+            description=f"`small`: {SMALL_STEPS} steps, to see every stage; `usual`: 120 epochs of Adam in three "
+            "stairs; null: Adam with warm-up and a cosine, as long as `steps` says"
+        ),
+    ] = None
+    learning_rate: Annotated[Rate | None, Field(description="default 0.002, or 0.00035 of the preset `usual`")] = None
+    validation_identities: Annotated[
+        int, Field(ge=0, le=100_000, description="test people whose mAP is measured while training; 0: none")
+    ] = 50
+    keep_worse: Annotated[
+        bool, Field(description="register the new teacher also where it ranks worse than its best input")
+    ] = False
+
+    @property
+    def new_teacher(self) -> str:
+        return self.name
+
+    @model_validator(mode="after")
+    def _check_student(self) -> Self:
+        table, seen = architecture(self.architecture), (self.image.height, self.image.width)
+        if table.input_size not in (None, seen):
+            raise ValueError(
+                f"{table.name} is for images of {table.input_size[0]} × {table.input_size[1]} (height × width), and "
+                f"image says {seen[0]} × {seen[1]}"
+            )
+        try:
+            table.group_sizes(self.student_width)
+        except WidthError as error:
+            raise ValueError(f"width: {error}") from error
+        return self
+
+    @property
+    def student_width(self) -> Width:
+        """A lone number has the multipliers of the architecture. Raises `WidthError`."""
+        table = architecture(self.architecture)
+        return table.usual_width if self.width is None else Width.parse(self.width, table.multipliers)
+
+
 JOB_REQUESTS: Mapping[str, type[JobRequest]] = {
     "refine": RefineIn,
     "calibrate": CalibrateIn,
     "evaluate": EvaluateIn,
     "finetune": FinetuneIn,
+    "compress": CompressIn,
+    "fuse": FuseIn,
 }
 
 
@@ -284,8 +472,9 @@ class JobRequests:
     def check_in(self, session: Session, request: JobRequest) -> JobRequest:
         """The request as it is to be done, in the transaction that queues the job: with chains by their own names.
 
-        Raises `UnknownTeacher`, `TeacherNotReady`, `UnknownDataset`, `DatasetNotReady`, `UnknownChain`, `ChainExists`,
-        `ReservedName`, `WidthError`, and `JobImpossible` for what no worker could do."""
+        Raises `UnknownTeacher`, `TeacherNotReady`, `TeacherExists`, `UnknownDataset`, `DatasetNotReady`,
+        `UnknownChain`, `ChainExists`, `ReservedName`, `WidthError`, `LatencyNotMeasurable`, `LimitsError`,
+        `BudgetTooSmall`, and `JobImpossible` for what no worker could do."""
         dataset = self._datasets.require_ready_in(session, request.dataset)
         if isinstance(request, _Training) and request.processes > self._max_processes:
             raise JobImpossible(
@@ -296,14 +485,20 @@ class JobRequests:
             request = _feasible(_ready_teacher(session, request.teacher), dataset, request)
         elif isinstance(request, EvaluateIn) and request.teacher is not None:
             _ready_teacher(session, request.teacher)
+        elif isinstance(request, CompressIn):
+            request = _compressible(session, dataset, request)
+        elif isinstance(request, FuseIn):
+            request = _fusible(session, dataset, request)
         elif isinstance(request, CalibrateIn | EvaluateIn | FinetuneIn):
-            chain = _kept_chain(session, str(request.chain))
+            (chain,) = _kept_chains(session, str(request.chain))
             named = {"chain": chain.name}
             if isinstance(request, FinetuneIn):
                 named["width"] = _rung(chain, request.width)
             request = request.model_copy(update=named)
         if request.new_chain is not None:
             _check_name(session, request.new_chain)
+        if request.new_teacher is not None:
+            _check_teacher_name(session, request.new_teacher)
         return request
 
 
@@ -319,14 +514,19 @@ def _ready_teacher(session: Session, name: str) -> TeacherRow:
     return teacher
 
 
-def _kept_chain(session: Session, name: str) -> ChainRow:
-    """The chain of that name or alias; until the transaction ends nobody deletes it."""
+def _kept_chains(session: Session, *names: str) -> list[ChainRow]:
+    """The chains of these names or aliases; until the transaction ends nobody deletes them."""
     chains = Chains(session)
-    if (found := chains.find(name)) is not None:
-        chains.lock(found.name)
-        found = chains.find(found.name)
-    if found is None:
-        raise UnknownChain(name)
+    own = {name: _found(chains, name, name).name for name in names}
+    for each in sorted(set(own.values())):  # so that two requests for the same two do not wait for each other
+        chains.lock(each)
+    return [_found(chains, own[name], name) for name in names]
+
+
+def _found(chains: Chains, name: str, asked: str) -> ChainRow:
+    """Raises `UnknownChain` with the name that was asked for."""
+    if (found := chains.find(name)) is None:
+        raise UnknownChain(asked)
     return found
 
 
@@ -355,8 +555,9 @@ def _feasible(teacher: TeacherRow, dataset: DatasetRow, request: RefineIn) -> Re
     cannot have."""
     if FROZEN in (teacher.format, teacher.architecture):
         raise JobImpossible(
-            f"teacher '{teacher.name}' is an ONNX file, whose weights are frozen; refining from one comes with "
-            "importing ONNX teachers. Upload its safetensors or torch weights instead"
+            f"teacher '{teacher.name}' is an ONNX file, whose weights are frozen; fuse it into a teacher that can be "
+            f'refined, by a job \'fuse\' with "inputs": [{{"teacher": "{teacher.name}"}}], or upload its safetensors '
+            "or torch weights"
         )
     table, full = network_of(teacher)
     seen = tuple((teacher.input or {}).get(side) for side in ("height", "width"))
@@ -371,11 +572,110 @@ def _feasible(teacher: TeacherRow, dataset: DatasetRow, request: RefineIn) -> Re
     return request.spelt_out(full)
 
 
+def _compressible(session: Session, dataset: DatasetRow, request: CompressIn) -> CompressIn:
+    """The request with chains by their own names and the width in full. Raises `JobImpossible`, and `BudgetTooSmall`
+    for limits below what pruning can reach."""
+    limits = None if request.limits is None else request.limits.parse()
+    named = {field: name for field in ("chain", "compatible_with") if (name := getattr(request, field)) is not None}
+    rows = dict(zip(named, _kept_chains(session, *named.values()), strict=True))
+    settled = {field: row.name for field, row in rows.items()}
+    source: TeacherRow | ChainRow
+    if request.teacher is not None:
+        source = _ready_teacher(session, request.teacher)
+        table, width = _prunable_teacher(source)
+    else:
+        source = rows["chain"]
+        settled["width"] = source.widths[-1].width if request.width is None else _rung(source, request.width)
+        table, width = architecture(source.architecture), Width.parse(settled["width"])
+    try:
+        budget_of(source.name, table, width, _input_of(source), limits)
+    except ArchitectureError as error:
+        raise JobImpossible(f"'{source.name}' cannot be compressed: {error}") from error
+    if (old := rows.get("compatible_with")) is not None:
+        _require_same_embeddings(old, source, table.embedding_dim(width))
+    check_license(strictest([rights_of(row) for row in (source, dataset, *rows.values())]).license)
+    return request.model_copy(update=settled)
+
+
+def _prunable_teacher(teacher: TeacherRow) -> tuple[Architecture, Width]:
+    """The teacher's architecture and width. Raises `JobImpossible` where its weights cannot be read."""
+    if FROZEN in (teacher.format, teacher.architecture):
+        raise JobImpossible(
+            f"teacher '{teacher.name}' is an ONNX file, whose weights are frozen; make a teacher of it first by a job "
+            "'fuse', or upload its safetensors or torch weights"
+        )
+    return network_of(teacher)
+
+
+def _input_of(row: TeacherRow | ChainRow) -> InputSpec:
+    """What its networks want to see."""
+    seen = row.input or {}
+    return InputSpec(seen["height"], seen["width"], tuple(seen["mean"]), tuple(seen["std"]))
+
+
+def _require_same_embeddings(old: ChainRow, source: TeacherRow | ChainRow, embedding_dim: int) -> None:
+    """Raises `JobImpossible` where embeddings of `embedding_dim` numbers cannot meet the space of `old`."""
+    if old.embedding_dim != embedding_dim:
+        raise JobImpossible(
+            f"chain '{old.name}' embeds into {old.embedding_dim} numbers, what is compressed into {embedding_dim}; "
+            "compatible_with needs a width and an architecture whose embeddings are as long"
+        )
+    sizes = [(row.input or {}).get(side) for row in (old, source) for side in ("height", "width")]
+    if sizes[:2] != sizes[2:]:
+        raise JobImpossible(
+            f"chain '{old.name}' sees images of {sizes[0]} × {sizes[1]} (height × width), '{source.name}' of "
+            f"{sizes[2]} × {sizes[3]}; compatible_with needs one size"
+        )
+
+
+def _fusible(session: Session, dataset: DatasetRow, request: FuseIn) -> FuseIn:
+    """The request with the student's width and every view in full. Raises `JobImpossible`."""
+    named = [one.teacher for one in request.inputs] + ([] if request.start_from is None else [request.start_from])
+    # Sorted, so that two requests for the same two do not wait for each other.
+    rows = {name: _ready_teacher(session, name) for name in sorted(set(named))}
+    if request.start_from is not None:
+        _require_student(rows[request.start_from], request)
+    check_license(fused_rights([rows[name] for name in named], dataset).license)
+    inputs = [_seen(rows[one.teacher], one) for one in request.inputs]
+    return request.model_copy(update={"width": str(request.student_width), "inputs": inputs})
+
+
+def fused_rights(teachers: Sequence[TeacherRow], dataset: DatasetRow) -> Rights:
+    """What may be done with a teacher made of these."""
+    return strictest([*map(rights_of, teachers), rights_of(dataset)])
+
+
+def _require_student(start: TeacherRow, request: FuseIn) -> None:
+    """Raises `JobImpossible` for weights of another network than the one that is trained."""
+    if (start.architecture, start.width) != (request.architecture, str(request.student_width)):
+        what = "an ONNX file" if start.architecture == FROZEN else f"a {start.architecture} of width {start.width}"
+        raise JobImpossible(
+            f"teacher '{start.name}' is {what}; start_from needs weights of the {request.architecture} of width "
+            f"{request.student_width} that is trained"
+        )
+
+
+def _seen(teacher: TeacherRow, given: FuseInputIn) -> FuseInputIn:
+    """With the view as rows and size. Raises `JobImpossible` for another size than the teacher is registered for."""
+    size = {side: (teacher.input or {})[side] for side in ("height", "width")}
+    view = PAPER_VIEWS[given.view] if isinstance(given.view, str) else given.view
+    if view is None:
+        return given.model_copy(update={"view": ViewIn(top=0, bottom=1, **size)})
+    asked = {side: getattr(view, side) or size[side] for side in size}
+    if asked != size:
+        raise JobImpossible(
+            f"teacher '{teacher.name}' is registered for images of {size['height']} × {size['width']} (height × "
+            f"width), and its view says {asked['height']} × {asked['width']}; give top and bottom alone, or register "
+            "it for those"
+        )
+    return given.model_copy(update={"view": ViewIn(top=view.top, bottom=view.bottom, **size)})
+
+
 def check_license(text: str) -> None:
     """Raises `JobImpossible` for a licence that no chain file can hold."""
     if len(text) > MAX_LICENSE:
         raise JobImpossible(
-            f"the licences of teacher and data set together have {len(text)} characters, and a chain file holds "
+            f"the licences of teachers and data set together have {len(text)} characters, and a chain file holds "
             f"{MAX_LICENSE}; register them with shorter ones"
         )
 
@@ -391,4 +691,11 @@ def _check_name(session: Session, name: str) -> None:
 
 
 def _publishing() -> Sequence[str]:
-    return [kind for kind, model in JOB_REQUESTS.items() if "name" in model.model_fields]
+    return [kind for kind, model in JOB_REQUESTS.items() if "name" in model.model_fields and kind != FUSE]
+
+
+def _check_teacher_name(session: Session, name: str) -> None:
+    """Raises `TeacherExists` for a name that is taken, or will be by a job that has not ended."""
+    if TeacherRows(session).find(name) is not None:
+        raise TeacherExists(f"teacher '{name}' exists already, and teachers are never overwritten; choose another name")
+    require_unclaimed(session, name)

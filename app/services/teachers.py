@@ -18,11 +18,13 @@ from sqlalchemy.orm import Session
 
 from app.actor import Actor
 from app.db.audit import Audit
+from app.db.job_requests import OpenRequests
 from app.db.session import Database
 from app.db.tables import TeacherRow, UploadRow
-from app.db.teachers import TeacherRows
+from app.db.teachers import FUSE, TeacherRows
 from app.errors import (
     InvalidPageToken,
+    TeacherExists,
     TeacherInUse,
     TeacherNameTaken,
     TeacherNotReady,
@@ -69,7 +71,7 @@ class Teachers:
     def create(self, new: NewTeacher, by: Actor) -> tuple[TeacherRow, bool]:
         """Register a teacher and await its weights; False: it was registered with exactly this content before.
 
-        Raises `TeacherNameTaken`, `UploadTooLarge` and `TooManyUploads`."""
+        Raises `TeacherNameTaken`, `TeacherExists`, `UploadTooLarge` and `TooManyUploads`."""
         try:
             return self._create(new, by)
         except IntegrityError:  # somebody else took the name just now
@@ -138,11 +140,18 @@ class Teachers:
             rows = TeacherRows(session)
             if (known := rows.find(new.name)) is not None:
                 return _same(known, new), False
+            require_unclaimed(session, new.name)
             row = _row(new)
             rows.add(row)
             self._uploads.create_in(session, KIND, new.name, new.sha256, new.size_bytes)
             Audit(session).add(by, "teacher.create", new.name, sha256=new.sha256, terms=new.rights.terms)
             return row, True
+
+
+def require_unclaimed(session: Session, name: str) -> None:
+    """Raises `TeacherExists` while a job that has not ended makes a teacher of that name."""
+    if (job := OpenRequests(session).naming(name, [FUSE])) is not None:
+        raise TeacherExists(f"job {job} is making a teacher '{name}'; wait for it, cancel it, or choose another name")
 
 
 def _known(session: Session, name: str) -> TeacherRow:

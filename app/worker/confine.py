@@ -4,6 +4,7 @@
 
 A confinement that one process puts on itself before `execve` needs no privilege and no code between fork and exec of a
 process with threads. Whatever cannot be had is written to the pipe `status`, and the command is not run: fail closed.
+Without a `parent` it is whoever starts this; a `status` of 2 is standard error, which the command keeps.
 What the kernel is asked for, in order: death with the parent, resource limits, no new privileges, Landlock (files;
 where there is one), and a seccomp filter (network, other processes, and the kernel's rarely used corners).
 """
@@ -130,6 +131,7 @@ ARCHITECTURES = {
 }
 # The same number everywhere: pidfd_send_signal, io_uring_*, open_tree … fspick, pidfd_open, pidfd_getfd, mount_setattr.
 NEVER_ANYWHERE = (424, 425, 426, 427, 428, 429, 430, 431, 432, 433, 434, 438, 442)
+STANDARD_ERROR = 2
 X32_BIT = 0x40000000  # x86_64 has a second set of numbers for the same calls from here on
 
 LANDLOCK_CREATE, LANDLOCK_ADD, LANDLOCK_RESTRICT = 444, 445, 446
@@ -146,12 +148,12 @@ def main(arguments: list[str]) -> None:
     plan, command = json.loads(arguments[0]), arguments[1:]
     status = int(plan["status"])
     try:
-        die_with_parent(plan["parent"])
+        die_with_parent(plan["parent"] or os.getppid())
         limit_resources(plan["limits"])
         call("prctl(PR_SET_NO_NEW_PRIVS)", _libc.prctl(PR_SET_NO_NEW_PRIVS, 1, 0, 0, 0))
         restrict_files(plan["list"], plan["read"], plan["write"])
         refuse_system_calls()
-        os.set_inheritable(status, False)
+        os.set_inheritable(status, status == STANDARD_ERROR)
         os.execve(command[0], command, os.environ)  # noqa: S606 - without a shell on purpose
     except Exception as error:  # whatever it is, the command is not run unconfined
         os.write(status, f"{type(error).__name__}: {error}"[:2000].encode())

@@ -50,7 +50,7 @@ def finetune(context: StepContext) -> dict[str, Any]:
     """Trains; a run that is complete already is only read."""
     context.report(stage="finetune")
     request, settled = context.request, context.outputs["settle"]
-    files = RunFiles(context, context.folder / RUN, LASTING, "finetune")
+    files = RunFiles(context, context.folder / RUN, LASTING, ["finetune"])
     files.fetch()
     if not (files.folder / REPORT).exists():
         steps, changes = recipe_of(request)

@@ -6,7 +6,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
-from app.worker import datasets, finetuning, measuring, refinement, teachers
+from app.worker import compression, datasets, finetuning, fusion, measuring, refinement, teachers
 from app.worker.context import StepContext
 from app.worker.training import cancelled
 
@@ -40,4 +40,6 @@ KINDS: dict[str, Kind] = _by_name(
     Kind("calibrate", measuring.CALIBRATE, cancelled, needs_training=True),
     Kind("evaluate", measuring.EVALUATE, cancelled, needs_training=True),
     Kind("finetune", finetuning.STEPS, cancelled, needs_training=True),
+    Kind("compress", compression.STEPS, cancelled, needs_training=True),
+    Kind("fuse", fusion.STEPS, cancelled, needs_training=True),
 )

@@ -31,6 +31,7 @@ from app.worker.training import (
     run_stage,
     teacher_row,
     verified,
+    weights_of,
     without_folders,
 )
 
@@ -150,10 +151,9 @@ def _measured(context: StepContext, settled: Mapping[str, Any], chain: Path, *, 
 def _measured_teacher(context: StepContext) -> dict[str, Any]:
     teacher, dataset = teacher_row(context), dataset_row(context)
     is_frozen = FROZEN in (teacher.format, teacher.architecture)
-    weights = str((teacher.report or {}).get("teacher_sha256") or teacher.sha256)
     # In a folder of its own: an ONNX file of somebody else's runs where nothing but that can be written.
     folder = context.folder / "teacher"
-    path = fetch_object(context, weights, folder / ("teacher.onnx" if is_frozen else "teacher.safetensors"))
+    path = fetch_object(context, weights_of(teacher), folder / ("teacher.onnx" if is_frozen else "teacher.safetensors"))
     data = data_of(context, str(dataset.digest))
     task = {
         "do": "evaluate-teacher",

@@ -32,6 +32,7 @@ from app.worker.training import (
     dataset_row,
     fetch_object,
     kept_chain,
+    output_of,
     recipe_of,
     run_stage,
     teacher_row,
@@ -45,8 +46,6 @@ LASTING = (
     *("stage-refine.safetensors", "stage-calibrate.safetensors", CHAIN, REPORT, *PICTURES),
 )
 PASSING = ("stage-cluster.safetensors", CHECKPOINT, "stage-refine.safetensors", "stage-calibrate.safetensors")
-FULL_LOG_STEPS = 200  # lines in the log of a training, however long it is
-MOST_CHECKPOINT_STEPS, MOST_VALIDATE_STEPS = 500, 1000
 
 
 def cluster(context: StepContext) -> dict[str, Any]:
@@ -137,7 +136,6 @@ def configuration(request: RefineIn, teacher: TeacherRow, rights: Rights, made_f
     table, full = network_of(teacher)
     ladder = request.widths(full, table)
     recipe: dict[str, Any] = {"preset": "paper"} if request.preset == "paper" else {"train": {"steps": steps}}
-    wanted = steps or MOST_VALIDATE_STEPS * FULL_LOG_STEPS
     return {
         "name": request.name,
         "license": rights.license,
@@ -147,11 +145,7 @@ def configuration(request: RefineIn, teacher: TeacherRow, rights: Rights, made_f
         "teacher": {"architecture": teacher.architecture, "width": teacher.width, "classifier": "auto"},
         "refinement": {"mode": request.mode, "ladder": [str(width) for width in ladder], **recipe},
         "evaluation": {"seed": request.seed, **request.evaluation.model_dump()},
-        "output": {
-            "report_steps": max(1, min(50, wanted // FULL_LOG_STEPS)),
-            "checkpoint_steps": max(1, min(MOST_CHECKPOINT_STEPS, wanted // 20)),
-            "validate_steps": max(1, min(MOST_VALIDATE_STEPS, wanted // 4)),
-        },
+        "output": output_of(steps),
         "data": {"height": (teacher.input or {})["height"], "width": (teacher.input or {})["width"]},
         "recipe": {"steps": steps, "changes": changes},
     }
@@ -162,7 +156,7 @@ def _stage(
 ) -> dict[str, Any]:
     """The pipeline up to `stage`, in the run directory as the job knows it; what it leaves is kept."""
     context.report(stage=stage)
-    files = RunFiles(context, context.folder / RUN, LASTING, "refinement")
+    files = RunFiles(context, context.folder / RUN, LASTING, ["refinement"])
     files.fetch()
     config = dict(settled["config"])
     recipe = config.pop("recipe")

@@ -27,11 +27,12 @@ import app
 import chains
 from app.errors import SandboxUnavailable
 
-LAUNCHER = Path(__file__).with_name("confine.py")
+_LAUNCHER = (sys.executable, "-I", "-S", str(Path(__file__).with_name("confine.py")))
 KEPT_LINES = 50
 MAX_LINE_BYTES = 4000
 MAX_OPEN_FILES = 256
 POLL_S = 0.2
+STANDARD_ERROR = 2
 THREADS = 2  # of numerical libraries; each costs address space
 _SYSTEM = ("/usr", "/lib", "/lib64", "/bin", "/opt", "/proc/cpuinfo", "/proc/meminfo", "/proc/self", "/sys")
 _OF_ETC = ("/etc/ld.so.cache", "/etc/localtime", "/etc/ssl/openssl.cnf")
@@ -69,6 +70,21 @@ def run_sandboxed(
         return _watched(process, folder, seconds, disk_bytes, on_line or _ignore, tick or _nothing)
 
 
+def confinement(folder: Path, memory_bytes: int, seconds: float) -> tuple[list[str], dict[str, str]]:
+    """For a program that a child of ours starts: the words in front of its own, and all of its environment. It may read
+    `folder`, as what every program reads, and write nothing but its output. Where this machine cannot confine it, it
+    says so on standard error and ends with status 126. The rest as for `run_sandboxed`."""
+    plan = {
+        "parent": None,
+        "status": STANDARD_ERROR,
+        "limits": _limits(memory_bytes, seconds, disk_bytes=0),
+        "list": _importable(),
+        "read": [*_readable(), str(folder)],
+        "write": _DEVICES,
+    }
+    return [*_LAUNCHER, json.dumps(plan)], environment(folder)
+
+
 @contextmanager
 def _started(
     command: Sequence[str],
@@ -94,7 +110,7 @@ def _started(
     with os.fdopen(read_end, "rb") as status:
         try:
             process = subprocess.Popen(  # noqa: S603 - no shell, and the command is ours
-                [sys.executable, "-I", "-S", str(LAUNCHER), json.dumps(plan), *command],
+                [*_LAUNCHER, json.dumps(plan), *command],
                 stdin=subprocess.DEVNULL,
                 stdout=subprocess.PIPE,
                 stderr=subprocess.STDOUT,

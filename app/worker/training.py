@@ -12,7 +12,7 @@ import os
 import re
 import sys
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -22,7 +22,7 @@ from app.db.repositories import Chains
 from app.db.tables import ChainRow, DatasetRow, TeacherRow
 from app.db.teachers import TeacherRows
 from app.errors import ChildFailed, JobPermanentlyFailed
-from app.services.job_requests import SMALL_STEPS
+from app.services.job_requests import SMALL_STEPS, WHOLE_SCHEDULES
 from app.storage.port import fetch_to
 from app.worker.context import StepContext
 from app.worker.datasets import materialise
@@ -31,6 +31,8 @@ from app.worker.datasets import verify as verify_dataset
 TICK_S = 2.0
 SMALL_RATE = 2e-3
 MOST_WARMUP = 100  # steps
+FULL_LOG_STEPS = 200  # lines in the log of a training, however long it is
+MOST_CHECKPOINT_STEPS, MOST_VALIDATE_STEPS = 500, 1000
 RUN, METRICS, CHAIN, REPORT = "run", "metrics.jsonl", "chain.safetensors", "report.json"
 _KILLED = re.compile(r"exitcode\s*:\s*-(\d+)")  # how torchrun tells that a signal ended one of its processes
 
@@ -90,16 +92,16 @@ class RunFiles:
     """A run directory whose files travel with the job.
 
     lasting: names of files that are kept whenever they change; they are fetched in this order, and kept in it, so that
-    a log is never older than the checkpoint it goes with. stage: whose progress is told.
+    a log is never older than the checkpoint it goes with. trainings: whose progress is told.
     """
 
     context: StepContext
     folder: Path
     lasting: Sequence[str]
-    stage: str = ""
+    trainings: Collection[str] = ()
     _kept: dict[str, tuple[int, int]] = field(default_factory=dict)
     _uploaded_at: float = field(default_factory=time.monotonic)
-    _read_to: tuple[int, int] = (0, 0)
+    _read_to: int = 0
 
     def fetch(self) -> None:
         """What the job keeps and this worker lacks. A directory without its first file was never begun."""
@@ -133,14 +135,14 @@ class RunFiles:
         if not path.exists():
             return
         with path.open("rb") as file:
-            status = os.fstat(file.fileno())
-            inode, start = self._read_to
-            file.seek(start if inode == status.st_ino and start <= status.st_size else 0)
+            file.seek(max(0, self._read_to - 1))
+            if self._read_to and file.read(1) != b"\n":
+                file.seek(0)  # the run has rewound its log: other lines stand here
             *whole, half = file.read().split(b"\n")
-            self._read_to = (status.st_ino, file.tell() - len(half))
+            self._read_to = file.tell() - len(half)
         progress: dict[str, Any] = {}
         for line in whole:
-            progress |= progress_of(json.loads(line), self.stage)
+            progress |= progress_of(json.loads(line), self.trainings)
         if progress:
             self.context.report(**progress)
 
@@ -161,18 +163,18 @@ class RunFiles:
             self._kept[name] = _version(path)
 
 
-def progress_of(event: Mapping[str, Any], stage: str) -> dict[str, Any]:
-    """What an event of a run's log says of how far `stage` is.
+def progress_of(event: Mapping[str, Any], trainings: Collection[str]) -> dict[str, Any]:
+    """What an event of a run's log says of how far one of `trainings` is.
 
-    >>> progress_of({"stage": "refinement", "step": 9, "validation": {"map full": 40.0}}, "refinement")
-    {'early_map': {'map full': 40.0}, 'early_map_step': 9}
+    >>> progress_of({"stage": "refinement", "step": 9, "validation": {"map full": 40.0}}, ["refinement"])
+    {'training': 'refinement', 'early_map': {'map full': 40.0}, 'early_map_step': 9}
     """
-    if event.get("stage") != stage:
+    if event.get("stage") not in trainings:
         return {}
     if "validation" in event:
-        return {"early_map": event["validation"], "early_map_step": event["step"]}
+        return {"training": event["stage"], "early_map": event["validation"], "early_map_step": event["step"]}
     told = ("step", "steps", "epoch", "losses", "eta_s", "images_per_s")
-    return {name: event[name] for name in told if name in event}
+    return {"training": event["stage"], **{name: event[name] for name in told if name in event}}
 
 
 def kept_chain(context: StepContext) -> Path:
@@ -221,9 +223,9 @@ def dataset_row(context: StepContext) -> DatasetRow:
     return row
 
 
-def teacher_row(context: StepContext) -> TeacherRow:
-    """Raises `JobPermanentlyFailed`."""
-    name = context.request["teacher"]
+def teacher_row(context: StepContext, name: str | None = None) -> TeacherRow:
+    """The teacher of that name, by default the request's. Raises `JobPermanentlyFailed`."""
+    name = name or context.request["teacher"]
     with context.database.transaction() as session:
         row = TeacherRows(session).find(name)
     if row is None or row.input is None:
@@ -231,9 +233,14 @@ def teacher_row(context: StepContext) -> TeacherRow:
     return row
 
 
-def chain_row(context: StepContext) -> ChainRow:
-    """Raises `JobPermanentlyFailed`."""
-    name = context.request["chain"]
+def weights_of(teacher: TeacherRow) -> str:
+    """The sha256 of the file that jobs read: what the check made of the upload, or an ONNX file as it came."""
+    return str((teacher.report or {}).get("teacher_sha256") or teacher.sha256)
+
+
+def chain_row(context: StepContext, field: str = "chain") -> ChainRow:
+    """field: of the request, which names it. Raises `JobPermanentlyFailed`."""
+    name = context.request[field]
     with context.database.transaction() as session:
         row = Chains(session).find(name)
     if row is None:
@@ -249,14 +256,14 @@ def fetch_object(context: StepContext, sha256: str, path: Path) -> Path:
 
 
 def recipe_of(request: Mapping[str, Any]) -> tuple[int | None, dict[str, Any]]:
-    """(steps, other fields of the recipe) that a training's request asks for, on top of its preset: `paper` gives all
-    that is not named here."""
+    """(steps, other fields of the recipe) that a training's request asks for, on top of its preset: a whole schedule
+    gives all that is not named here."""
     steps: int | None = request["steps"]
     changes: dict[str, Any] = {
         "precision": request["precision"],
         "micro_batches": request["micro_batches"] or request["processes"],
     }
-    if request["preset"] != "paper":
+    if request["preset"] not in WHOLE_SCHEDULES:
         steps = SMALL_STEPS if steps is None else steps
         changes |= {"lr": SMALL_RATE, "warmup_steps": min(MOST_WARMUP, steps // 10)}
     if request["learning_rate"] is not None:
@@ -264,6 +271,17 @@ def recipe_of(request: Mapping[str, Any]) -> tuple[int | None, dict[str, Any]]:
     if request["batch"] is not None:
         changes["batch"] = request["batch"]
     return steps, changes
+
+
+def output_of(steps: int | None) -> dict[str, int]:
+    """How often a training of so many steps tells, keeps and measures itself, as `chains.config` has it; `None`: of a
+    whole schedule, whose length its images decide."""
+    wanted = steps or MOST_VALIDATE_STEPS * FULL_LOG_STEPS
+    return {
+        "report_steps": max(1, min(50, wanted // FULL_LOG_STEPS)),
+        "checkpoint_steps": max(1, min(MOST_CHECKPOINT_STEPS, wanted // 20)),
+        "validate_steps": max(1, min(MOST_VALIDATE_STEPS, wanted // 4)),
+    }
 
 
 def _version(path: Path) -> tuple[int, int]:

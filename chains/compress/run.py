@@ -17,16 +17,17 @@ from typing import Any, Literal
 import numpy as np
 import torch
 
-from chains.arch import Architecture
 from chains.artifact import StoredChain
 from chains.budget import Limits
-from chains.chain import STATISTICS, Chain, Floats, InputSpec
+from chains.chain import STATISTICS, Chain, InputSpec
 from chains.classifier import centroid_classifier, labels_of
 from chains.compatible import Anchor
+from chains.compress.blocks import prunable
 from chains.compress.objective import DEAP_BATCH, Compression, DeapRecipe, Tutor
-from chains.compress.selection import Budget, channel_macs, cost_model, kept_channels
-from chains.compress.units import Pruning, prunable, settled, with_channels
-from chains.cut import Indices, NestedTree, joined_order
+from chains.compress.selection import budget_of, channel_macs, kept_channels
+from chains.compress.terminal import terminal
+from chains.compress.units import Pruning, settled, with_channels
+from chains.cut import Indices, joined_order
 from chains.data.images import Images
 from chains.evaluate import embed
 from chains.export import numpy_state
@@ -115,7 +116,7 @@ def compress(
     `DataError` where teacher and recipe do not go together; and what `chains.train.fit` raises.
     """
     table, width = start.student.table, start.student.width
-    budget = budget_of(start, input, limits)
+    budget = budget_of(start.name, table, width, input, limits)
     torch.manual_seed(seed)
     classifier = new_classifier(images, start.student.backbone.channels)
     pruning = Pruning(start.student)
@@ -144,16 +145,6 @@ def compress(
     )
 
 
-def budget_of(start: Start, input: InputSpec, limits: Limits | None) -> Budget:
-    """The limits, and what networks pruned from `start` cost. Raises `BudgetTooSmall` where none of them fits, and
-    `ArchitectureError` as `compress`."""
-    table = start.student.table
-    groups = prunable(table)
-    budget = Budget(limits, cost_model(_draft(start, input)), table.group_sizes(start.student.width))
-    budget.require_reachable(groups, start.name)
-    return budget
-
-
 def terminal_chain(
     model: ReIDModel,
     input: InputSpec,
@@ -165,41 +156,16 @@ def terminal_chain(
 ) -> Chain:
     """`model` as a terminal chain with the statistics it has, in an embedding space of its own. order: as of `Start`.
     Raises `ChainMismatch` for one that does not fit."""
-    table, width = model.table, model.width
     state = numpy_state(model)
-    statistics: dict[str, Floats] = {n: values for n, values in state.items() if n.rpartition(".")[2] in STATISTICS}
-    tensors = {name: values for name, values in state.items() if name not in statistics}
-    sizes = table.group_sizes(width)
-    partitions = {group: _uncut(np.arange(size, dtype=np.int64)) for group, size in sizes.items()}
-    if order is not None:
-        partitions[_only(table)] = _uncut(order)
-    return Chain(
+    tensors = {key: values for key, values in state.items() if key.rpartition(".")[2] not in STATISTICS}
+    return terminal(
+        model.table,
+        model.width,
+        state,
+        input,
         name=name,
-        architecture=table.name,
-        mode="nested",
-        teacher=width,
-        ladder=(width,),
-        input=input,
-        embedding_space=f"es-{fingerprint(tensors)}",
         license=license,
-        tensors=tensors,
-        partitions=partitions,
-        statistics={width: statistics},
+        embedding_space=f"es-{fingerprint(tensors)}",
         provenance=provenance,
-        sizes=sizes,
+        order=order,
     )
-
-
-def _uncut(order: Indices) -> NestedTree:
-    return NestedTree(order, np.arange(1, len(order), dtype=np.int64))
-
-
-def _only(table: Architecture) -> str:
-    """The one group that a ResNet's embedding has."""
-    (group,) = table.embedding_channels
-    return group
-
-
-def _draft(start: Start, input: InputSpec) -> Chain:
-    """The network that is started from, as the terminal chain it would be unpruned."""
-    return terminal_chain(start.student, input, name=start.name, license="unknown", provenance={}, order=start.order)

@@ -21,6 +21,8 @@ from chains.arch import Architecture
 from chains.artifact import StoredChain
 from chains.budget import COST_OF_LIMIT, Limits, exceeded
 from chains.chain import Chain, InputSpec
+from chains.compress.blocks import prunable
+from chains.compress.terminal import draft
 from chains.cost import FLOAT_BYTES, Costs, count_macs, count_params, peak_activation_bytes
 from chains.errors import BudgetTooSmall
 from chains.onnxfile import EmitOptions, lay_out
@@ -79,6 +81,15 @@ class Budget:
 
     def settings(self) -> dict[str, int]:
         return {} if self.limits is None else dict(self.limits.stated())
+
+
+def budget_of(whose: str, table: Architecture, width: Width, input: InputSpec, limits: Limits | None) -> Budget:
+    """What a compression of a network has to reach. whose: the network's name. Raises `BudgetTooSmall` where nothing
+    that can be pruned from it fits, and `ArchitectureError` for a network that is no ResNet."""
+    groups = prunable(table)
+    budget = Budget(limits, cost_model(draft(table, width, input, whose)), table.group_sizes(width))
+    budget.require_reachable(groups, whose)
+    return budget
 
 
 def alive(norms: Norms) -> dict[str, NDArray[np.bool_]]:

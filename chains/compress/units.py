@@ -20,10 +20,8 @@ evaluation, and wrong as soon as statistics are measured anew, for training or c
 from __future__ import annotations
 
 import copy
-import re
 from collections import OrderedDict
 from collections.abc import Mapping
-from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -31,48 +29,19 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
-from chains.arch import NORM_EPSILON, Architecture, Axes
-from chains.architectures.resnet import BOTTLENECK, settings
+from chains.arch import NORM_EPSILON, Axes
 from chains.chain import STATISTICS, InputSpec
+from chains.compress.blocks import Unit, units_of
 from chains.compress.losses import Axis, group_norms
 from chains.cut import Indices
 from chains.data.images import Images, chunks
 from chains.errors import ArchitectureError
 from chains.export import numpy_state
 from chains.model import ReIDModel, model_of, normalise
-from chains.nodes import Channels, Conv
+from chains.nodes import Channels
 
 Kept = Mapping[str, Indices]  # group -> the channels that stay, ascending
 BATCH = 64
-_CONV = re.compile(r"(?P<block>layer[1-4]\.[0-9]+)\.conv2")
-
-
-@dataclass(frozen=True)
-class Unit:
-    """The pruners of one block. entering: the groups of A's columns; leaving: those of B's rows, none without a B."""
-
-    block: str
-    entering: Channels
-    leaving: Channels
-
-
-def units_of(table: Architecture) -> tuple[Unit, ...]:
-    """The units of a ResNet, in order. Raises `ArchitectureError` for another network."""
-    try:
-        has_two = settings(table.name).block is BOTTLENECK
-    except ArchitectureError as error:
-        raise ArchitectureError(
-            f"compression prunes the inner widths of ResNet blocks, and {table.name} is no ResNet"
-        ) from error
-    found = ((_CONV.fullmatch(node.name), node) for node in table.nodes if isinstance(node, Conv))
-    return tuple(
-        Unit(match["block"], node.columns or (), node.rows if has_two else ()) for match, node in found if match
-    )
-
-
-def prunable(table: Architecture) -> tuple[str, ...]:
-    """The groups that a compression may prune. Raises as `units_of`."""
-    return tuple(group for unit in units_of(table) for group in (*unit.entering, *unit.leaving))
 
 
 class Pruning(nn.Module):

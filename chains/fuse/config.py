@@ -35,8 +35,8 @@ from chains.architectures import architecture
 from chains.config import DataConfig, OutputConfig, from_toml, mistake_in, to_toml
 from chains.errors import ChainsError, DataError, WidthError
 from chains.fuse.objective import FusionLoss
-from chains.fuse.partials import Channels, Pixels
 from chains.fuse.views import PAPER_VIEWS, View
+from chains.importers.frozen import Channels, Pixels
 from chains.train import TrainRecipe
 from chains.width import Width
 
@@ -191,9 +191,11 @@ def fusion_toml(config: FusionConfig, folder: Path) -> str:
     return tomli_w.dumps({**to_toml(values), "inputs": inputs})
 
 
-def difference(known: FusionConfig, config: FusionConfig) -> str | None:
-    """The first section in which the two differ, with both values; a path is where it leads to from here."""
-    there, here = (_with_paths(one.model_dump(mode="json"), os.path.abspath) for one in (known, config))
+def difference(known: FusionConfig, config: FusionConfig, *, moved: bool = False) -> str | None:
+    """The first section in which the two differ, with both values; a path is where it leads to from here, and with
+    `moved` it may lead anywhere."""
+    place = (lambda _: "a file") if moved else os.path.abspath
+    there, here = (_with_paths(one.model_dump(mode="json"), place) for one in (known, config))
     names = (name for name in here if there[name] != here[name])
     return next((f"{name} is {str(there[name])[:160]}, not {str(here[name])[:160]}" for name in names), None)
 

@@ -26,8 +26,9 @@ from chains.chain import InputSpec
 from chains.data.batches import BatchRecipe
 from chains.data.images import Images
 from chains.errors import DataError, WidthError
+from chains.fuse.crops import crop
 from chains.fuse.partials import Answer, Partial, perceive
-from chains.fuse.views import View, crop
+from chains.fuse.views import View
 from chains.losses import LossRecipe, ReIDLoss
 from chains.model import ReIDModel
 from chains.train import Objective, Run, Trained, TrainRecipe, begun_with, epoch_steps, fit, new_classifier

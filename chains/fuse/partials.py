@@ -1,40 +1,33 @@
 """Partial teachers: networks of this project, or ONNX graphs from anywhere, that look at one view of the person.
 
 They only answer. They have no gradient, stay in evaluation mode and are no part of what is trained or checkpointed. A
-graph is a program: run those that you trust, or where memory and time are capped (see `chains.importers.frozen`).
+graph is a program: run those that you trust, or confine them (`chains.fuse.answering`).
 """
 
 from __future__ import annotations
 
 import hashlib
-import json
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
-from tempfile import TemporaryDirectory
-from typing import Any
 
 import numpy as np
-import onnx
-import onnxruntime
 import torch
 from torch import Tensor
 
 from chains.chain import InputSpec
 from chains.errors import ChainMismatch, DataError, WeightsRefused
 from chains.export import read_exported
+from chains.fuse.answering import Answerer, here
+from chains.fuse.crops import crop_view
 from chains.fuse.views import View, whole
 from chains.importers.containers import sniff
-from chains.importers.frozen import FrozenGraph, read_graph
+from chains.importers.frozen import Pixels
 from chains.model import ReIDModel
 from chains.pipeline import IMAGENET_MEAN, IMAGENET_STD
 
 IMAGENET = (IMAGENET_MEAN, IMAGENET_STD)
 PROBES = 2  # images: a graph that takes one at a time only is found out
-
-Channels = tuple[float, float, float]
-Pixels = tuple[Channels, Channels]
-"""mean and std of 0..1, one number per channel"""
 
 
 @dataclass(frozen=True, eq=False)
@@ -75,18 +68,32 @@ class Partial:
     @torch.no_grad()
     def answer(self, images: Tensor, input: InputSpec) -> Answer:
         """Of full images (n, 3, H, W) that are normalised as `input` says: the view is cut, that normalisation undone
-        and the network's own applied."""
-        return self.run(_normalised_anew(self.view.of(images), input, self.pixels))
+        and the network's own applied. Raises `WeightsRefused`."""
+        try:
+            return self.run(_normalised_anew(crop_view(images, self.view), input, self.pixels))
+        except WeightsRefused as error:
+            raise WeightsRefused(f"input '{self.name}': {error}") from error
+
+
+def run_here(path: Path) -> Answerer:
+    """The graph in `path`, run by this process on as many threads as torch. Raises `WeightsRefused`."""
+    return here(path, torch.get_num_threads())
 
 
 def open_partial(
-    path: Path, view: View | None = None, pixels: Pixels | None = None, usual_size: tuple[int, int] = (256, 128)
+    path: Path,
+    view: View | None = None,
+    pixels: Pixels | None = None,
+    usual_size: tuple[int, int] = (256, 128),
+    open_graph: Callable[[Path], Answerer] = run_here,
 ) -> Partial:
     """The network in `path`: a file of this project, a run directory's `teacher.safetensors`, or an ONNX graph.
 
     view: by default the whole image, at the size that the file states, else at `usual_size` (height, width). pixels: of
-    a graph that does not state them; by default ImageNet's. Raises `ChainMismatch` where the file states otherwise,
-    `WeightsRefused` and `ChainFileError` for files that are of no use, `DataError` for one that is not there.
+    a graph that does not state them; by default ImageNet's. open_graph: who runs a graph.
+
+    Raises `ChainMismatch` where the file states otherwise, `WeightsRefused` and `ChainFileError` for files that are of
+    no use, `DataError` for one that is not there.
     """
     file = path / "teacher.safetensors" if path.is_dir() else path
     if not file.is_file():
@@ -98,7 +105,10 @@ def open_partial(
                 "a torch checkpoint is no partial teacher as it is: export the network to ONNX, or write it as "
                 "safetensors of this project (python -m chains.importers.check --teacher)"
             )
-        found = _graph(file, view, pixels, usual_size) if kind == "onnx" else _network(file, view, pixels)
+        if kind == "onnx":
+            found = _graph(file, view, pixels, usual_size, open_graph(file))
+        else:
+            found = _network(file, view, pixels)
     except WeightsRefused as error:
         raise WeightsRefused(f"input '{file}': {error}") from error
     return found if path == file else replace(found, name=path.resolve().name)
@@ -124,10 +134,22 @@ def _network(file: Path, view: View | None, pixels: Pixels | None) -> Partial:
     return _probed(file, view, (stated.mean, stated.std), (), Network(exported.model))
 
 
-def _graph(file: Path, view: View | None, pixels: Pixels | None, usual_size: tuple[int, int]) -> Partial:
-    graph, map_name = _read_graph(file)
-    run = Graph(graph, map_name)
-    stated, notes = run.stated_pixels(), []
+class Graph:
+    """A graph that only answers, with arrays on the CPU."""
+
+    def __init__(self, graph: Answerer) -> None:
+        self.graph = graph
+
+    def __call__(self, images: Tensor) -> Answer:
+        embedding, found = self.graph.answer(images.detach().cpu().numpy())
+        tensor = torch.from_numpy(embedding).to(images.device)
+        return Answer(None if found is None else torch.from_numpy(found).to(images.device), tensor, tensor)
+
+
+def _graph(
+    file: Path, view: View | None, pixels: Pixels | None, usual_size: tuple[int, int], graph: Answerer
+) -> Partial:
+    stated, notes = graph.pixels, []
     if stated is not None and pixels is not None and not _is_close(pixels, stated):
         raise _other_pixels(file, pixels, stated)
     if stated is None and pixels is None:
@@ -137,83 +159,7 @@ def _graph(file: Path, view: View | None, pixels: Pixels | None, usual_size: tup
         if graph.height is None or graph.width is None:
             notes.append(f"it takes any size, so the whole image as {view.height} × {view.width} was taken")
     _require_size(file, view, graph.height, graph.width)
-    return _probed(file, view, stated or pixels or IMAGENET, tuple(notes), run)
-
-
-def _read_graph(file: Path) -> tuple[FrozenGraph, str | None]:
-    """A checked graph, and the name of its second output where that is a map (n, C, h, w): a copy without that output
-    passes the checks of graphs that have the embedding alone."""
-    if (name := _map_output(file)) is None:
-        return read_graph(file), None
-    model = onnx.load(str(file), load_external_data=False)
-    kept = [output for output in model.graph.output if output.name != name]
-    del model.graph.output[:]
-    model.graph.output.extend(kept)
-    with TemporaryDirectory() as folder:
-        copy = Path(folder) / "embedding.onnx"
-        copy.write_bytes(model.SerializeToString())
-        return replace(read_graph(copy), path=file), name
-
-
-def _map_output(file: Path) -> str | None:
-    try:
-        outputs = list(onnx.load(str(file), load_external_data=False).graph.output)
-    except MemoryError:
-        raise
-    except Exception:  # protobuf's classes have no types; `read_graph` says what is wrong with the file
-        return None
-    maps = [output.name for output in outputs if len(output.type.tensor_type.shape.dim) == 4]
-    return maps[0] if len(outputs) == 2 and len(maps) == 1 else None
-
-
-class Graph:
-    """An ONNX graph in onnxruntime on the CPU, in a session that stays."""
-
-    def __init__(self, graph: FrozenGraph, map_name: str | None) -> None:
-        self.graph = graph
-        self.outputs = [graph.output] if map_name is None else [graph.output, map_name]
-        options = onnxruntime.SessionOptions()
-        options.intra_op_num_threads = torch.get_num_threads()
-        options.log_severity_level = 4
-        try:
-            self.session = onnxruntime.InferenceSession(str(graph.path), options, providers=["CPUExecutionProvider"])
-        except MemoryError:
-            raise
-        except Exception as error:  # onnxruntime's own classes share no base
-            raise WeightsRefused(f"onnxruntime cannot load the graph: {_first_line(error)}") from error
-
-    def stated_pixels(self) -> Pixels | None:
-        """mean and std in the metadata, under the names that models of this project have (`reid.mean`)."""
-        marks = self.session.get_modelmeta().custom_metadata_map
-        if not {"reid.mean", "reid.std"} <= marks.keys():
-            return None
-        try:
-            mean, std = (tuple(map(float, json.loads(marks[f"reid.{name}"]))) for name in ("mean", "std"))
-        except (TypeError, ValueError) as error:
-            raise WeightsRefused(f"its metadata reid.mean and reid.std cannot be read: {error}") from error
-        if len(mean) != 3 or len(std) != 3 or not all(np.isfinite((*mean, *std))) or min(std) <= 0:
-            raise WeightsRefused(f"its metadata state a mean of {mean} and a std of {std}: three numbers each, std > 0")
-        return mean, std
-
-    def __call__(self, images: Tensor) -> Answer:
-        feed = images.detach().cpu().numpy().astype(np.float16 if self.graph.is_half else np.float32)
-        size = self.graph.batch or len(feed)
-        padded = np.concatenate([feed, np.repeat(feed[-1:], -len(feed) % size, axis=0)])
-        found = [self._answers(padded[start : start + size]) for start in range(0, len(padded), size)]
-        tensors = [
-            torch.from_numpy(np.concatenate(parts)[: len(feed)].astype(np.float32)).to(images.device)
-            for parts in zip(*found, strict=True)
-        ]
-        return Answer(tensors[1] if len(tensors) > 1 else None, tensors[0], tensors[0])
-
-    def _answers(self, feed: Any) -> list[Any]:
-        try:
-            answers: list[Any] = self.session.run(self.outputs, {self.graph.input: feed})
-        except MemoryError:
-            raise
-        except Exception as error:  # as above
-            raise WeightsRefused(f"onnxruntime cannot run the graph: {_first_line(error)}") from error
-        return answers
+    return _probed(file, view, stated or pixels or IMAGENET, tuple(notes), Graph(graph))
 
 
 def _probed(file: Path, view: View, pixels: Pixels, notes: tuple[str, ...], run: Callable[[Tensor], Answer]) -> Partial:
@@ -262,8 +208,3 @@ def _other_pixels(file: Path, said: Pixels, stated: Pixels) -> ChainMismatch:
 
 def _is_close(one: Pixels, other: Pixels) -> bool:
     return bool(np.allclose(np.array(one), np.array(other), atol=1e-4))
-
-
-def _first_line(error: BaseException) -> str:
-    lines = str(error).strip().splitlines()
-    return (lines[0] if lines else type(error).__name__)[:300]

@@ -16,9 +16,12 @@ import hashlib
 import json
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
+
+import torch
 
 from chains import plots
 from chains.atomic import write_whole
@@ -27,10 +30,11 @@ from chains.data.readers import detect
 from chains.errors import DataError
 from chains.evaluate import evaluate_model
 from chains.export import origin, save_trained
+from chains.fuse.answering import Answerer, Confinement, confined
 from chains.fuse.config import FusionConfig, difference, fusion_toml, read_fusion
 from chains.fuse.measure import Measured, measure
 from chains.fuse.objective import fuse, shows_map, usual_recipe
-from chains.fuse.partials import Partial, open_partial
+from chains.fuse.partials import Partial, open_partial, run_here
 from chains.importers.pretraining import read_start
 from chains.model import ReIDModel
 from chains.pipeline import (
@@ -40,6 +44,7 @@ from chains.pipeline import (
     REPORT,
     TEACHER,
     Recorder,
+    changed,
     require_answers,
     require_room,
 )
@@ -67,10 +72,21 @@ class _Task:
 
 
 def run_fusion(
-    config: FusionConfig, folder: Path, *, resume: bool, keep_worse: bool, say: Say, steps: int | None = None
+    config: FusionConfig,
+    folder: Path,
+    *,
+    resume: bool,
+    keep_worse: bool,
+    say: Say,
+    steps: int | None = None,
+    changes: Mapping[str, Any] = MappingProxyType({}),
+    moved: bool = False,
+    confinement: Confinement | None = None,
 ) -> Mapping[str, Any] | None:
     """Fuse in `folder`; the report, `None` in every process but the first. Its `is_kept` says whether there is a
-    `teacher.safetensors`. steps: instead of the recipe's.
+    `teacher.safetensors`. steps: instead of the recipe's; changes: of other fields of it. moved: the folder may come
+    from another machine, so that its paths mean nothing here. confinement: how graphs are run, each in a process of its
+    own; `None`: in this one.
 
     Raises `DataError` when the folder holds something and `resume` was not asked for, or when what it holds is another
     run, and what `open_partial` and the engine raise.
@@ -78,9 +94,9 @@ def run_fusion(
     with joined(config.device) as team, ExitStack() as stack:
         if team.is_first:
             require_room(folder, CONFIG, resume=resume)
-        task = _opened(config, steps)
+        task = _opened(config, steps, changes, stack, confinement)
         if team.is_first:
-            _claim(folder, task.config)
+            _claim(folder, task.config, moved=moved)
             for note in (*(f"{task.source.name}: {note}" for note in task.source.notes), *task.notes):
                 say(note)
         team.wait()
@@ -133,28 +149,39 @@ def _notes(config: FusionConfig, partials: Sequence[Partial], spec: InputSpec) -
     return (*found, *(f"{name} shows no feature map: its retrieval feature alone is learnt" for name in silent))
 
 
-def _opened(config: FusionConfig, steps: int | None) -> _Task:
-    """Raises what the stages would, before anything is written."""
+def _opened(
+    config: FusionConfig,
+    steps: int | None,
+    changes: Mapping[str, Any],
+    stack: ExitStack,
+    confinement: Confinement | None,
+) -> _Task:
+    """Raises what the stages would, before anything is written. The programs that it starts end with `stack`."""
     source = open_source(config.data)
     data = config.data
     if data.kind == "auto" and data.root is not None:
         data = data.model_copy(update={"kind": detect(data.root).kind})
     data = data.model_copy(update={"height": data.size[0], "width": data.size[1]})
-    recipe = config.train or usual_recipe(source.train)
-    recipe = recipe if steps is None else replace(recipe, steps=steps)
+    recipe = changed(config.train or usual_recipe(source.train), steps, changes)
     config = config.model_copy(update={"data": data, "train": recipe})
     require_startable(source.train, recipe, config.device)
     require_answers(source)
-    partials = tuple(open_partial(one.file, one.view, one.pixels, data.size) for one in config.inputs)
+    run = run_here if confinement is None else lambda file: _run_confined(file, confinement, stack)
+    partials = tuple(open_partial(one.file, one.view, one.pixels, data.size, run) for one in config.inputs)
     spec = InputSpec(*data.size, IMAGENET_MEAN, IMAGENET_STD)
     return _Task(config, recipe, source, partials, spec, _notes(config, partials, spec))
 
 
-def _claim(folder: Path, config: FusionConfig) -> None:
-    """Make `folder` the directory of this run. Raises `DataError` when it is another's."""
+def _run_confined(file: Path, how: Confinement, stack: ExitStack) -> Answerer:
+    return stack.enter_context(confined(file, torch.get_num_threads(), how))
+
+
+def _claim(folder: Path, config: FusionConfig, *, moved: bool) -> None:
+    """Make `folder` the directory of this run; `moved`: wherever its paths lead. Raises `DataError` when it is
+    another's."""
     folder.mkdir(parents=True, exist_ok=True)
     known = read_fusion(folder / CONFIG) if (folder / CONFIG).exists() else config
-    if (different := difference(known, config)) is not None:
+    if (different := difference(known, config, moved=moved)) is not None:
         raise DataError(f"{folder} holds another run: {different}; name another --out, or the same options")
     write_whole(folder / CONFIG, fusion_toml(config, folder).encode())
 
@@ -238,6 +265,10 @@ def _report(task: _Task, measured: Measured, trained: Trained) -> dict[str, Any]
             "architecture": student.architecture,
             "width": str(student.width),
             "embedding_dim": trained.model.backbone.channels,
+            "parameters": sum(values.numel() for values in trained.model.tensors().values()),
+            "identities": len(trained.classifier),
+            "mean": list(task.input.mean),
+            "std": list(task.input.std),
             **_figures(measured.student),
         },
         "inputs": inputs,

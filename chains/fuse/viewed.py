@@ -12,8 +12,10 @@ import torch
 from chains.chain import InputSpec
 from chains.data.images import Images, Labels
 from chains.data.images import Pixels as Crops
-from chains.fuse.partials import IMAGENET, Pixels
+from chains.fuse.crops import crop_view
+from chains.fuse.partials import IMAGENET
 from chains.fuse.views import View
+from chains.importers.frozen import Pixels
 from chains.train import Run, Trained, TrainRecipe, train_alone
 from chains.width import Width
 
@@ -42,7 +44,7 @@ class Viewed:
 
     def pixels(self, indices: npt.ArrayLike) -> Crops:
         full = torch.from_numpy(self.images.pixels(indices)).permute(0, 3, 1, 2)
-        cut: Crops = self.view.of(full).round().clamp(0, 255).byte().permute(0, 2, 3, 1).numpy()
+        cut: Crops = crop_view(full, self.view).round().clamp(0, 255).byte().permute(0, 2, 3, 1).numpy()
         return np.ascontiguousarray(cut)
 
     def take(self, indices: npt.ArrayLike) -> Self:

@@ -1,19 +1,9 @@
-"""Views: the rows of a person's image that one network sees, and how they are cut out of images and feature maps.
-
-The one surprise: an image and a feature map are cut by the same function, so that rows correspond. Output pixel i of
-`n` stands for the span `(bottom - top) H / n` rows around `top H + (i + ½) (bottom - top) H / n`. Its value is the mean
-of the rows around that centre, weighted by a triangle that is as wide as the span, and never narrower than one row:
-bilinear interpolation where the cut enlarges, and where it shrinks the same with every row taking part, as image
-libraries resize. (Four taps alone would skip rows: they alias in images, and leave rows of a map without gradient.)
-"""
+"""Views: the rows of a person's image that one network sees. `chains.fuse.crops` cuts them out.   [no torch]"""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-
-import torch
-from torch import Tensor
 
 from chains.errors import DataError
 
@@ -36,10 +26,6 @@ class View:
         if self.height not in SIZES or self.width not in SIZES:
             raise DataError(f"a view of {self.height} × {self.width} pixels is outside 16..1024 either way")
 
-    def of(self, images: Tensor) -> Tensor:
-        """(n, channels, H, W) → float32 (n, channels, `height`, `width`)."""
-        return crop(images, self.top, self.bottom, self.height, self.width)
-
 
 PAPER_VIEWS: Mapping[str, View] = {
     "holistic": View(0, 1, 256, 128),
@@ -56,22 +42,3 @@ PAPER_VIEWS: Mapping[str, View] = {
 def whole(height: int, width: int) -> View:
     """The full view at a size."""
     return View(0, 1, height, width)
-
-
-def crop(x: Tensor, top: float, bottom: float, height: int, width: int) -> Tensor:
-    """The rows from `top` to `bottom` of images or maps (n, channels, H, W) → float32 (n, channels, height, width),
-    also under autocast. Differentiable."""
-    with torch.autocast(x.device.type, enabled=False):
-        rows = _weights(x.shape[2], top, bottom, height).to(x.device)
-        columns = _weights(x.shape[3], 0, 1, width).to(x.device)
-        cut: Tensor = rows @ x.float() @ columns.T
-    return cut
-
-
-def _weights(inputs: int, start: float, end: float, outputs: int) -> Tensor:
-    """float32 (outputs, inputs), rows that add up to one: see the module."""
-    span = (end - start) * inputs / outputs
-    centres = start * inputs + (torch.arange(outputs, dtype=torch.float64) + 0.5) * span
-    distances = (torch.arange(inputs, dtype=torch.float64) + 0.5 - centres[:, None]).abs()
-    triangles = (1 - distances / max(1.0, span)).clamp(min=0)
-    return (triangles / triangles.sum(dim=1, keepdim=True)).float()

@@ -122,13 +122,15 @@ def _check_frozen(file: Path, declared: Declared) -> dict[str, Any]:
 
     graph = read_graph(file)
     _require_declared(declared.architecture, FROZEN)
-    wanted = declared.input or _sized(USUAL_INPUT, declared.size)
+    stated = USUAL_INPUT if graph.pixels is None else replace(USUAL_INPUT, mean=graph.pixels[0], std=graph.pixels[1])
+    wanted = declared.input or _sized(stated, declared.size)
     spec = replace(wanted, height=graph.height or wanted.height, width=graph.width or wanted.width)
     shown = people(spec)
     embeddings = embed_frozen(graph, normalise(shown.pixels, spec).numpy())
     require_sane(embeddings)
     fixed = [f"the batch is fixed at {graph.batch}"] if graph.batch else []
-    assumed = [] if declared.input else [_assumed(spec, "ImageNet's", declared.size)]
+    whose = "ImageNet's" if graph.pixels is None else "the file's"
+    assumed = [] if declared.input else [_assumed(spec, whose, declared.size)]
     return {
         "architecture": FROZEN,
         "width": None,
@@ -143,7 +145,8 @@ def _check_frozen(file: Path, declared: Declared) -> dict[str, Any]:
         "missing": [],
         "ignored": [],
         "notes": [
-            "a graph cannot be refined; it can be evaluated",
+            "a graph cannot be refined; it can be evaluated, and fused into a teacher that can",
+            *(["it shows a feature map, which a fusion learns from, too"] if graph.map else []),
             *fixed,
             *assumed,
         ],

@@ -1,4 +1,5 @@
-"""ONNX graphs as frozen teachers: checked, run, never trained. One image input, one embedding output.
+"""ONNX graphs as frozen teachers: checked, run, never trained. One image input, one embedding output, and beside it
+perhaps a feature map.
 
 A graph is a program. It can name files to read weights from, so those are refused before anything is run, and it can
 ask for any amount of memory and time, so it is only ever run where both are capped.
@@ -6,6 +7,7 @@ ask for any amount of memory and time, so it is only ever run where both are cap
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -25,19 +27,27 @@ DOMAINS = frozenset({"", "ai.onnx"})
 FLOATS = {TensorProto.FLOAT: np.float32, TensorProto.FLOAT16: np.float16}
 THREADS = 2
 
+Channels = tuple[float, float, float]
+Pixels = tuple[Channels, Channels]
+"""mean and std of 0..1, one number per channel"""
+Floats = NDArray[np.float32]
+
 
 @dataclass(frozen=True)
 class FrozenGraph:
-    """What a graph wants and gives. batch: `None` where any number of images goes in; height, width: `None` where any
-    size does."""
+    """What a graph wants and gives. map: the output (n, C, h, w) beside the embedding, if there is one. batch: `None`
+    where any number of images goes in; height, width: `None` where any size does. pixels: mean and std of 0..1, where
+    its metadata state them under the names that models of this project have (`reid.mean`)."""
 
     path: Path
     input: str
     output: str
+    map: str | None
     is_half: bool
     batch: int | None
     height: int | None
     width: int | None
+    pixels: Pixels | None
     opset: int
     parameters: int
 
@@ -61,40 +71,62 @@ def read_graph(path: Path) -> FrozenGraph:
     except Exception as error:  # the checker raises its own, shape inference's, and those of the bindings
         raise WeightsRefused(f"onnx.checker refuses the graph: {_first_line(error)}") from error
     graph = model.graph
-    image, embedding = _only_input(graph), _only_output(graph)
+    image, (embedding, found) = _only_input(graph), _outputs(graph)
     batch, height, width = _image_shape(image)
     return FrozenGraph(
         path=path,
         input=image.name,
         output=embedding.name,
+        map=None if found is None else found.name,
         is_half=image.type.tensor_type.elem_type == TensorProto.FLOAT16,
         batch=batch,
         height=height,
         width=width,
+        pixels=_stated_pixels(model),
         opset=opset,
         parameters=sum(int(np.prod(tensor.dims)) for tensor in graph.initializer),
     )
 
 
-def embed_frozen(graph: FrozenGraph, images: NDArray[np.float32]) -> NDArray[np.float32]:
+class Session:
+    """A graph in onnxruntime on the CPU, ready for any number of images. with_map: the map is asked for, if there is
+    one. Raises `WeightsRefused` where it cannot be."""
+
+    def __init__(self, graph: FrozenGraph, threads: int = THREADS, *, with_map: bool = False) -> None:
+        self._graph = graph
+        self._outputs = [graph.output, graph.map] if with_map and graph.map is not None else [graph.output]
+        options = onnxruntime.SessionOptions()
+        options.intra_op_num_threads = threads
+        options.log_severity_level = 4
+        try:
+            self._session = onnxruntime.InferenceSession(str(graph.path), options, providers=["CPUExecutionProvider"])
+        except MemoryError:
+            raise
+        except Exception as error:  # onnxruntime's own classes share no base
+            raise WeightsRefused(f"onnxruntime cannot load the graph: {_first_line(error)}") from error
+
+    def __call__(self, images: Floats) -> tuple[Floats, Floats | None]:
+        """Embeddings (n, D) of normalised images (n, 3, H, W), and their maps. Raises `WeightsRefused` when it
+        fails."""
+        feed = images.astype(np.float16) if self._graph.is_half else images
+        size = self._graph.batch or len(feed)
+        try:
+            padded = np.concatenate([feed, np.repeat(feed[-1:], -len(feed) % size, axis=0)])
+            found = [
+                self._session.run(self._outputs, {self._graph.input: padded[start : start + size]})
+                for start in range(0, len(padded), size)
+            ]
+            whole = [np.concatenate(parts).astype(np.float32)[: len(feed)] for parts in zip(*found, strict=True)]
+        except MemoryError:
+            raise
+        except Exception as error:  # as above
+            raise WeightsRefused(f"onnxruntime cannot run the graph: {_first_line(error)}") from error
+        return whole[0], whole[1] if len(whole) > 1 else None
+
+
+def embed_frozen(graph: FrozenGraph, images: Floats) -> Floats:
     """Embeddings (n, D) of normalised images (n, 3, H, W) by onnxruntime. Raises `WeightsRefused` when it fails."""
-    options = onnxruntime.SessionOptions()
-    options.intra_op_num_threads = THREADS
-    options.log_severity_level = 4
-    feed = images.astype(np.float16) if graph.is_half else images
-    try:
-        session = onnxruntime.InferenceSession(str(graph.path), options, providers=["CPUExecutionProvider"])
-        size = graph.batch or len(feed)
-        padded = np.concatenate([feed, np.repeat(feed[-1:], -len(feed) % size, axis=0)])
-        found = [
-            session.run([graph.output], {graph.input: padded[start : start + size]})[0]
-            for start in range(0, len(padded), size)
-        ]
-        embeddings = np.concatenate(found).astype(np.float32)[: len(images)]
-    except MemoryError:
-        raise
-    except Exception as error:  # onnxruntime's own classes share no base
-        raise WeightsRefused(f"onnxruntime cannot run the graph: {_first_line(error)}") from error
+    embeddings, _ = Session(graph)(images)
     if embeddings.ndim != 2 or len(embeddings) != len(images):
         raise WeightsRefused(
             f"the graph answers shape {embeddings.shape} for {len(images)} images; a teacher answers (images, D)"
@@ -154,12 +186,33 @@ def _only_input(graph: GraphProto) -> ValueInfoProto:
     return image
 
 
-def _only_output(graph: GraphProto) -> ValueInfoProto:
-    if len(graph.output) != 1:
-        names = ", ".join(value.name[:40] for value in graph.output[:5])
-        raise WeightsRefused(f"the graph has {len(graph.output)} outputs ({names}); a teacher has one, the embedding")
-    embedding: ValueInfoProto = graph.output[0]
-    return embedding
+def _outputs(graph: GraphProto) -> tuple[ValueInfoProto, ValueInfoProto | None]:
+    """The embedding, and the map: the one of two outputs that has four dimensions."""
+    outputs = list(graph.output)
+    maps = [value for value in outputs if len(value.type.tensor_type.shape.dim) == 4]
+    if len(outputs) == 2 and len(maps) == 1:
+        (embedding,) = (value for value in outputs if value is not maps[0])
+        return embedding, maps[0]
+    if len(outputs) != 1:
+        names = ", ".join(value.name[:40] for value in outputs[:5])
+        raise WeightsRefused(
+            f"the graph has {len(outputs)} outputs ({names}); a teacher has one, the embedding, "
+            "and perhaps a feature map of four dimensions beside it"
+        )
+    return outputs[0], None
+
+
+def _stated_pixels(model: ModelProto) -> Pixels | None:
+    marks = {entry.key: entry.value for entry in model.metadata_props}
+    if not {"reid.mean", "reid.std"} <= marks.keys():
+        return None
+    try:
+        mean, std = (tuple(map(float, json.loads(marks[f"reid.{name}"]))) for name in ("mean", "std"))
+    except (TypeError, ValueError, RecursionError) as error:
+        raise WeightsRefused("its metadata reid.mean and reid.std cannot be read as lists of numbers") from error
+    if len(mean) != 3 or len(std) != 3 or not all(np.isfinite((*mean, *std))) or min(std) <= 0:
+        raise WeightsRefused(f"its metadata state a mean of {mean} and a std of {std}: three numbers each, std > 0")
+    return mean, std
 
 
 def _image_shape(value: ValueInfoProto) -> tuple[int | None, int | None, int | None]:

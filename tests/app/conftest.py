@@ -26,6 +26,7 @@ from app.main import create_app, prepare
 from app.settings import Settings
 from chains import artifact
 from chains.testing import pico_chain
+from tests.app import trainings
 
 START_TIMEOUT_S = 60
 
@@ -139,6 +140,42 @@ def postgres_url(postgres_server: str) -> Iterator[str]:
     with server.connect() as connection:
         connection.execute(text(f"DROP DATABASE {name} WITH (FORCE)"))
     server.dispose()
+
+
+@pytest.fixture(scope="session")
+def site(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A Market-1501 folder of synthetic people, for jobs that train."""
+    from chains.data.synthetic import write_market1501
+
+    folder = tmp_path_factory.mktemp("data") / "site"
+    write_market1501(folder, trainings.SITE)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def teacher_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A teacher as a check leaves it, with a classifier of other people."""
+    import torch
+
+    from chains.export import origin, save_trained
+    from chains.model import ReIDModel
+    from chains.train import Trained
+    from chains.width import Width
+
+    torch.manual_seed(7)
+    model = ReIDModel("resnet18", Width(4)).eval()
+    mark = origin("teacher", model, trainings.INPUT, "MIT")
+    path = tmp_path_factory.mktemp("teacher") / "teacher.safetensors"
+    save_trained(Trained(model, torch.randn(8, model.backbone.channels)), mark, path)
+    return path
+
+
+@pytest.fixture
+def make_world(site: Path, teacher_file: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[[Path], trainings.World]:
+    """A service with that data set and that teacher, in a folder."""
+    monkeypatch.setenv("OMP_NUM_THREADS", "1")
+    monkeypatch.setenv("PYTHONPATH", str(trainings.ROOT))
+    return lambda folder: trainings.make_world(folder, site, teacher_file)
 
 
 @contextmanager

@@ -8,7 +8,8 @@ import pytest
 from fastapi.testclient import TestClient
 
 from app.api.errors import HTTP_CODES, TABLE
-from app.api.schemas import LimitsIn, ModelIn
+from app.api.schemas import ModelIn
+from app.services.limits import LimitsIn
 
 PAGE = (Path(__file__).parents[2] / "docs" / "reference" / "http.md").read_text()
 

@@ -1,11 +1,13 @@
-"""What may be asked of workers: the form of the four requests, and what is looked at before a job is queued."""
+"""What may be asked of workers: the form of the requests, and what is looked at before a job is queued."""
 
 from __future__ import annotations
 
+import re
 import subprocess
 import sys
 from collections.abc import Callable, Mapping
 from datetime import UTC, datetime
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -19,25 +21,43 @@ from app.errors import (
     DatasetNotReady,
     InvalidJobRequest,
     JobImpossible,
+    LatencyNotMeasurable,
     ReservedName,
+    TeacherExists,
     TeacherNotReady,
     UnknownChain,
     UnknownDataset,
     UnknownJobKind,
     UnknownTeacher,
 )
-from app.services.job_requests import JOB_REQUESTS, FinetuneIn, JobRequest, RefineIn, parse
+from app.services.job_requests import JOB_REQUESTS, FinetuneIn, FuseIn, JobRequest, RefineIn, parse
 from app.worker.kinds import KINDS
 from app.worker.training import recipe_of
 from chains.architectures import architecture
-from chains.errors import ChainsError, WidthError
+from chains.errors import BudgetTooSmall, ChainsError, LimitsError, WidthError
 from chains.width import Width
 
 REFINE = {"name": "new", "teacher": "r18", "dataset": "site", "preset": "small"}
 CALIBRATE = {"chain": "pico", "dataset": "site"}
 EVALUATE = {"chain": "pico", "dataset": "site"}
 FINETUNE = {"chain": "pico", "width": "4", "dataset": "site"}
-BODIES = {"refine": REFINE, "calibrate": CALIBRATE, "evaluate": EVALUATE, "finetune": FINETUNE}
+TEACHER = {"chain": None, "width": None}
+COMPRESS = {"name": "new", "chain": "pico", "width": "8x2-4-8", "dataset": "site"}
+FUSE = {
+    "name": "new",
+    "inputs": [{"teacher": "frozen"}, {"teacher": "r18", "view": {"top": 0.0, "bottom": 0.5}}],
+    "image": {"height": 256, "width": 128},
+    "dataset": "site",
+    "preset": "usual",
+}
+BODIES = {
+    "refine": REFINE,
+    "calibrate": CALIBRATE,
+    "evaluate": EVALUATE,
+    "finetune": FINETUNE,
+    "compress": COMPRESS,
+    "fuse": FUSE,
+}
 
 
 # --- the form
@@ -47,13 +67,29 @@ BODIES = {"refine": REFINE, "calibrate": CALIBRATE, "evaluate": EVALUATE, "finet
 def test_a_request_is_stored_with_its_defaults_and_read_again(kind: str) -> None:
     request = parse(kind, BODIES[kind])
     values = request.model_dump(mode="json")
-    assert values.items() >= BODIES[kind].items()
+    assert all(is_within(value, values[name]) for name, value in BODIES[kind].items())
     assert parse(kind, values) == request
+
+
+def is_within(part: object, whole: object) -> bool:
+    """Whether all that `part` says stands in `whole`, however deep."""
+    if isinstance(part, dict) and isinstance(whole, dict):
+        return all(name in whole and is_within(value, whole[name]) for name, value in part.items())
+    if isinstance(part, list) and isinstance(whole, list):
+        return len(part) == len(whole) and all(map(is_within, part, whole))
+    return part == whole
 
 
 def test_every_kind_that_can_be_asked_for_is_one_that_workers_know() -> None:
     assert JOB_REQUESTS.keys() == BODIES.keys()
     assert JOB_REQUESTS.keys() <= KINDS.keys()
+
+
+def test_the_page_on_jobs_has_the_steps_of_every_kind_that_can_be_asked_for() -> None:
+    page = (Path(__file__).parents[2] / "docs" / "explanation" / "jobs.md").read_text()
+    documented = [re.findall("`([a-z-]+)`", line) for line in page.splitlines() if line.startswith("| `")]
+    expected = [[kind, *(name for name, _ in KINDS[kind].steps)] for kind in JOB_REQUESTS]
+    assert sorted(documented) == sorted(expected)
 
 
 @pytest.mark.parametrize(
@@ -80,6 +116,35 @@ def test_every_kind_that_can_be_asked_for_is_one_that_workers_know() -> None:
         ("evaluate", {"chain": None, "teacher": "r18", "name": "x"}, "name is for chains"),
         ("finetune", {"width": "0"}, "width: '0' is no width"),
         ("finetune", {"preset": None}, "give steps, or a preset"),
+        ("compress", {"teacher": "r18"}, "give one of chain and teacher: what is compressed"),
+        ("compress", {"chain": None}, "give one of chain and teacher: what is compressed"),
+        ("compress", {"chain": None, "teacher": "r18"}, "width is for chains; a teacher has only one"),
+        ("compress", {"preset": None}, "give steps, or a preset"),
+        ("compress", {"batch": {}}, "the preset 'paper' has a batch of its own"),
+        ("compress", {"limits": {"max_macs": 0}}, "limits/max_macs: Input should be greater than or equal to 1"),
+        ("compress", {"limits": {"max_mac": 1}}, "limits/max_mac: Extra inputs are not permitted"),
+        ("compress", {"finetune_steps": 0}, "finetune_steps: Input should be greater than or equal to 1"),
+        ("fuse", {"inputs": []}, "inputs: List should have at least 1 item"),
+        ("fuse", {"inputs": [{"teacher": "r18"}] * 17}, "inputs: List should have at most 16 items"),
+        ("fuse", {"inputs": [{"teacher": "r18", "view": "up3"}]}, "'up3' is none of holistic, up1, mid1, dn1, up2"),
+        ("fuse", {"inputs": [{"teacher": "r18", "view": {"top": 0.5}}]}, "bottom: Field required"),
+        ("fuse", {"inputs": [{"teacher": "r18", "view": {"top": 0.5, "bottom": 0.5}}]}, "not from 0.5 to 0.5"),
+        ("fuse", {"inputs": [{"teacher": "r18", "view": {"top": 0, "bottom": 1.5}}]}, "less than or equal to 1"),
+        ("fuse", {"inputs": [{"teacher": "r18", "rows": 3}]}, "rows: Extra inputs are not permitted"),
+        ("fuse", {"image": None}, "image: Input should be"),
+        ("fuse", {"image": {"height": 256, "width": 8}}, "width: Input should be greater than or equal to 16"),
+        ("fuse", {"architecture": "swin"}, "architecture: no architecture 'swin'"),
+        (
+            "fuse",
+            {"architecture": "vit_small", "image": {"height": 128, "width": 64}},
+            "256 × 128 (height × width), and image says 128 × 64",
+        ),
+        ("fuse", {"width": "w168"}, "width: w168 is no width of resnet50"),
+        ("fuse", {"loss": {"map": -1.0}}, "loss/map: Input should be greater than or equal to 0"),
+        ("fuse", {"preset": None}, "give steps, or a preset"),
+        ("fuse", {"preset": "paper"}, "preset: Input should be 'small' or 'usual'"),
+        ("fuse", {"batch": {}}, "the preset 'usual' has a batch of its own"),
+        ("fuse", {"processes": 2, "micro_batches": 3}, "make them a multiple of 2"),
     ],
 )
 def test_a_mistake_is_named_with_its_field(kind: str, change: Mapping[str, Any], message: str) -> None:
@@ -201,6 +266,7 @@ def check(app: FastAPI) -> Callable[[str, Mapping[str, Any]], JobRequest]:
         session.add(teacher("odd", "ready", "swin", "w96"))
         session.add(teacher("os", "ready", "osnet", "16x4-6-8"))
         session.add(teacher("tall", "ready", "vit_small@384x128", "w384"))
+        session.add(teacher("r18-8", "ready", "resnet18", "8x2-4-8"))
         session.add(teacher("wordy", "ready", "resnet18", "16x2-4-8", license="x" * 195))
         for state in ("ready", "checking", "refused", "deleted"):
             session.add(dataset("site" if state == "ready" else state, state))
@@ -219,7 +285,7 @@ def teacher(
     now = datetime.now(UTC)
     return TeacherRow(
         name=name, state=state, sha256="0" * 64, size_bytes=1, format=None, architecture=architecture, width=width,
-        input={"height": 256, "width": 128},
+        input={"height": 256, "width": 128, "mean": [0.5, 0.5, 0.5], "std": [0.25, 0.25, 0.25]},
         license=license, terms="any", consent_basis="synthetic", created_at=now, updated_at=now,
     )  # fmt: skip
 
@@ -244,7 +310,12 @@ def test_a_request_whose_parts_are_ready_passes(check: Callable[..., JobRequest]
         ("refine", {"teacher": "awaiting"}, TeacherNotReady, "awaiting-weights"),
         ("refine", {"teacher": "checking"}, TeacherNotReady, "checking"),
         ("refine", {"teacher": "refused"}, TeacherNotReady, "refused"),
-        ("refine", {"teacher": "frozen"}, JobImpossible, "comes with importing ONNX teachers"),
+        (
+            "refine",
+            {"teacher": "frozen"},
+            JobImpossible,
+            "fuse it into a teacher that can be refined, by a job 'fuse' with",
+        ),
         ("refine", {"teacher": "odd"}, JobImpossible, "is a swin, which no chain can be made of"),
         (
             "refine",
@@ -267,6 +338,61 @@ def test_a_request_whose_parts_are_ready_passes(check: Callable[..., JobRequest]
         ("evaluate", {"name": "pico"}, ChainExists, "exists already"),
         ("finetune", {"width": "5"}, JobImpossible, "no width 5x2-4-8; its ladder is 2x2-4-8"),
         ("finetune", {"chain": "nothing"}, UnknownChain, "nothing"),
+        ("compress", {"chain": "nothing"}, UnknownChain, "no chain or alias 'nothing'"),
+        ("compress", {"compatible_with": "nothing"}, UnknownChain, "no chain or alias 'nothing'"),
+        ("compress", {"width": "5"}, JobImpossible, "no width 5x2-4-8; its ladder is 2x2-4-8"),
+        ("compress", {"name": "pico"}, ChainExists, "exists already"),
+        ("compress", {"dataset": "refused"}, DatasetNotReady, "refused"),
+        ("compress", {"processes": 9}, JobImpossible, "workers start up to 8"),
+        ("compress", {**TEACHER, "teacher": "nobody"}, UnknownTeacher, "no teacher 'nobody'"),
+        ("compress", {**TEACHER, "teacher": "checking"}, TeacherNotReady, "checking"),
+        ("compress", {**TEACHER, "teacher": "frozen"}, JobImpossible, "make a teacher of it first by a job 'fuse'"),
+        ("compress", {**TEACHER, "teacher": "odd"}, JobImpossible, "is a swin, which no chain can be made of"),
+        ("compress", {**TEACHER, "teacher": "os"}, JobImpossible, "'os' cannot be compressed: .* osnet is no ResNet"),
+        ("compress", {**TEACHER, "teacher": "wordy"}, JobImpossible, "together have 207 characters"),
+        ("compress", {"limits": {}}, LimitsError, "state at least one limit"),
+        ("compress", {"limits": {"max_latency_ms": 9.0}}, LatencyNotMeasurable, "max_latency_ms"),
+        ("compress", {"limits": {"max_macs": 1000}}, BudgetTooSmall, "no compression of 'pico' fits"),
+        ("compress", {"limits": {"max_artifact_bytes": 1000}}, BudgetTooSmall, "no compression of 'pico' fits"),
+        ("fuse", {"inputs": [{"teacher": "nobody"}]}, UnknownTeacher, "no teacher 'nobody'"),
+        ("fuse", {"inputs": [{"teacher": "frozen"}, {"teacher": "checking"}]}, TeacherNotReady, "checking"),
+        ("fuse", {"name": "r18"}, TeacherExists, "teacher 'r18' exists already"),
+        ("fuse", {"dataset": "refused"}, DatasetNotReady, "refused"),
+        ("fuse", {"processes": 9}, JobImpossible, "workers start up to 8"),
+        ("fuse", {"start_from": "nobody"}, UnknownTeacher, "no teacher 'nobody'"),
+        (
+            "fuse",
+            {"start_from": "r18"},
+            JobImpossible,
+            "'r18' is a resnet18 of width 16x2-4-8; start_from needs weights of the resnet50 of width 64x2-4-8",
+        ),
+        ("fuse", {"start_from": "frozen"}, JobImpossible, "'frozen' is an ONNX file; start_from needs weights"),
+        (
+            "fuse",
+            {"inputs": [{"teacher": "frozen", "view": "up1"}]},
+            JobImpossible,
+            "'frozen' is registered for images of 256 × 128 .height × width., and its view says 224 × 224",
+        ),
+        (
+            "fuse",
+            {"inputs": [{"teacher": "r18", "view": {"top": 0, "bottom": 1, "width": 64}}]},
+            JobImpossible,
+            "256 × 128 .height × width., and its view says 256 × 64",
+        ),
+        ("fuse", {"inputs": [{"teacher": "wordy"}]}, JobImpossible, "licences of teachers and data set together"),
+        ("fuse", {"start_from": "wordy", "architecture": "resnet18", "width": "16"}, JobImpossible, "215 characters"),
+        (
+            "compress",
+            {"width": "4", "compatible_with": "stable"},
+            JobImpossible,
+            "'pico' embeds into 64 numbers, what is compressed into 32",
+        ),
+        (
+            "compress",
+            {**TEACHER, "teacher": "r18-8", "compatible_with": "pico"},
+            JobImpossible,
+            "'pico' sees images of 64 × 32 .height × width., 'r18-8' of 256 × 128",
+        ),
     ],
 )
 def test_a_job_that_could_not_succeed_is_refused_at_once(
@@ -282,11 +408,55 @@ def test_an_onnx_teacher_may_be_measured(check: Callable[..., JobRequest]) -> No
     check("evaluate", {"teacher": "frozen", "dataset": "site"})
 
 
-@pytest.mark.parametrize("kind", ["calibrate", "evaluate", "finetune"])
+@pytest.mark.parametrize("kind", ["calibrate", "evaluate", "finetune", "compress"])
 def test_an_alias_becomes_the_chain_it_points_at(check: Callable[..., JobRequest], kind: str) -> None:
     asked, written = {**BODIES[kind], "chain": "stable"}, {"width": "4x2-4-8"} if kind == "finetune" else {}
     assert check(kind, asked) == parse(kind, {**BODIES[kind], **written})
     assert check(kind, BODIES[kind]) == parse(kind, {**BODIES[kind], **written})
+
+
+@pytest.mark.parametrize(
+    ("asked", "written"),
+    [
+        ({}, {}),
+        ({"width": None}, {"width": "8x2-4-8"}),
+        ({"width": "4"}, {"width": "4x2-4-8"}),
+        ({"chain": "stable", "compatible_with": "stable"}, {"chain": "pico", "compatible_with": "pico"}),
+        ({**TEACHER, "teacher": "r18"}, {}),
+    ],
+)
+def test_what_a_compression_starts_from_is_written_in_full(
+    check: Callable[..., JobRequest], asked: Mapping[str, Any], written: Mapping[str, Any]
+) -> None:
+    assert check("compress", {**COMPRESS, **asked}) == parse("compress", {**COMPRESS, **asked, **written})
+
+
+def test_a_budget_is_refused_with_the_floor_and_taken_at_it(check: Callable[..., JobRequest]) -> None:
+    asked = {**COMPRESS, **TEACHER, "teacher": "r18"}
+    for limit in ("max_macs", "max_params", "max_artifact_bytes", "max_memory_bytes"):
+        with pytest.raises(BudgetTooSmall) as refused:
+            check("compress", {**asked, "limits": {limit: 1000}})
+        assert (refused.value.limit, refused.value.chain) == (limit, "r18")
+        check("compress", {**asked, "limits": {limit: refused.value.smallest_available}})
+
+
+@pytest.mark.parametrize(
+    ("view", "written"),
+    [
+        (None, (0, 1)),
+        ("holistic", (0, 1)),
+        ({"top": 0.25, "bottom": 0.75}, (0.25, 0.75)),
+        ({"top": 0, "bottom": 1, "height": 256, "width": 128}, (0, 1)),
+    ],
+)
+def test_views_and_widths_of_a_fusion_are_written_in_full(
+    check: Callable[..., JobRequest], view: object, written: tuple[float, float]
+) -> None:
+    request = check("fuse", {**FUSE, "inputs": [{"teacher": "frozen", "view": view}]})
+    assert isinstance(request, FuseIn)
+    seen = {"top": written[0], "bottom": written[1], "height": 256, "width": 128}
+    assert [one.model_dump() for one in request.inputs] == [{"teacher": "frozen", "view": seen}]
+    assert (request.architecture, request.width) == ("resnet50", "64x2-4-8")
 
 
 @pytest.mark.parametrize(

@@ -13,11 +13,12 @@ from chains.chain import InputSpec
 from chains.data.images import ImageSet
 from chains.errors import ChainFileError, ChainMismatch, ChainsError, DataError, WeightsRefused, WidthError
 from chains.evaluate import embed
+from chains.fuse.crops import crop
 from chains.fuse.measure import embed_partials, joined_features, measure
 from chains.fuse.objective import Fusion, FusionLoss, fuse, map_loss, retrieval_loss, shows_map, usual_recipe
 from chains.fuse.partials import Answer, Network, Partial, open_partial, perceive
 from chains.fuse.viewed import train_partial
-from chains.fuse.views import View, crop, whole
+from chains.fuse.views import View, whole
 from chains.importers.frozen import embed_frozen, read_graph
 from chains.losses import LossRecipe, ReIDLoss
 from chains.model import ReIDModel, normalise, numpy_tensors

@@ -4,6 +4,7 @@ import hashlib
 import json
 import os
 import re
+import shutil
 import subprocess
 import sys
 from dataclasses import fields
@@ -17,6 +18,7 @@ from chains.artifact import load
 from chains.config import DataConfig
 from chains.errors import DataError
 from chains.export import load_trained, read_exported
+from chains.fuse.answering import Confinement
 from chains.fuse.config import (
     FusionConfig,
     InputConfig,
@@ -191,6 +193,7 @@ def test_a_fused_teacher_is_refined_into_a_chain(site: Path, widthwise: Command)
     assert [str(width) for width in chain.ladder] == ["2x2-4-8", "3x2-4-8", "4x2-4-8"]
     report = report_in(site / "run")
     assert chain.provenance["teacher_map"] == report["teacher"]["map"]
+    assert chain.provenance["teacher"]["source"] == report["teacher"]["sha256"], "from the chain to the fusion's inputs"
 
 
 # --- one foreign network
@@ -260,6 +263,40 @@ def test_a_fusion_that_was_killed_goes_on_and_ends_with_the_same_teacher(site: P
     assert digest(ended.model.state_dict()) == digest(whole.model.state_dict())
     steps = [event["step"] for event in read_events(tmp_path / "run") if "losses" in event]
     assert steps == [3, 6]
+
+
+def test_a_run_that_goes_on_elsewhere_with_its_graphs_in_other_processes_ends_with_the_same_teacher(
+    site: Path, tmp_path: Path
+) -> None:
+    """Nothing is where it was, but the run directory comes along."""
+    config = read_fusion(site / "toy.toml")
+
+    def kill(line: str) -> None:
+        if "step 6/6: loss" in line:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        run_fusion(config, tmp_path / "run", resume=False, keep_worse=False, say=kill)
+    there, run = tmp_path / "there", tmp_path / "there" / "job" / "run"
+    shutil.copytree(site / "people", there / "people")
+    shutil.copytree(tmp_path / "run", run)
+    for name in ("upper.safetensors", "lower.onnx", "toy.toml"):
+        shutil.copy(site / name, there / name)
+    lines: list[str] = []
+    report = run_fusion(
+        read_fusion(there / "toy.toml"),
+        run,
+        resume=True,
+        keep_worse=False,
+        say=lines.append,
+        moved=True,
+        confinement=Confinement((), os.environ),
+    )
+    assert any("step 4/6" in line for line in lines), "it goes on at the checkpoint"
+    assert report is not None
+    assert report["inputs"] == report_in(site / "run")["inputs"]
+    ended, whole = (load_trained(folder / "teacher.safetensors") for folder in (run, site / "run"))
+    assert digest(ended.model.state_dict()) == digest(whole.model.state_dict())
 
 
 def test_a_taken_folder_is_refused(site: Path, widthwise: Command, tmp_path: Path) -> None:

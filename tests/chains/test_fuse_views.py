@@ -10,8 +10,9 @@ from torch.nn import functional
 
 from chains.errors import DataError
 from chains.fuse.config import InputConfig
+from chains.fuse.crops import crop
 from chains.fuse.viewed import Viewed
-from chains.fuse.views import PAPER_VIEWS, View, crop, whole
+from chains.fuse.views import PAPER_VIEWS, View, whole
 from tests.chains.toys import INPUT, flat_people
 
 

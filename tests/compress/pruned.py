@@ -6,9 +6,10 @@ import numpy as np
 
 from chains.architectures import architecture
 from chains.chain import Chain
+from chains.compress.blocks import prunable
 from chains.compress.objective import DeapRecipe
 from chains.compress.run import terminal_chain
-from chains.compress.units import prunable, with_channels
+from chains.compress.units import with_channels
 from chains.model import ReIDModel, model_of
 from chains.testing import random_statistics, random_tensors
 from chains.train import TrainRecipe

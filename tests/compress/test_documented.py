@@ -8,8 +8,8 @@ import pytest
 
 from chains.architectures import architecture
 from chains.chain import InputSpec
+from chains.compress.blocks import prunable
 from chains.compress.objective import DeapRecipe
-from chains.compress.units import prunable
 from chains.cost import count_macs, count_params
 from chains.width import Width
 

@@ -12,9 +12,10 @@ from chains.artifact import StoredChain, dump, load
 from chains.budget import Limits
 from chains.chain import Chain
 from chains.compatible import anchor_in
+from chains.compress.blocks import prunable
 from chains.compress.objective import Compression, DeapRecipe, Tutor
 from chains.compress.run import Compressed, Start, compress, deap_recipe, from_student, from_teacher, terminal_chain
-from chains.compress.units import Pruning, prunable
+from chains.compress.units import Pruning
 from chains.cost import count_macs
 from chains.errors import ArchitectureError, BudgetTooSmall, ChainMismatch, DataError
 from chains.model import ReIDModel, numpy_tensors

@@ -9,9 +9,10 @@ import pytest
 from chains.architectures import architecture
 from chains.artifact import StoredChain
 from chains.budget import COST_OF_LIMIT, Limits, exceeded
+from chains.compress.blocks import prunable
 from chains.compress.run import terminal_chain
-from chains.compress.selection import Budget, channel_macs, cost_model, kept_channels
-from chains.compress.units import prunable, with_channels
+from chains.compress.selection import Budget, budget_of, channel_macs, cost_model, kept_channels
+from chains.compress.units import with_channels
 from chains.cost import count_macs
 from chains.errors import BudgetTooSmall
 from chains.onnxfile import plan
@@ -112,6 +113,12 @@ def test_the_predicted_costs_are_those_of_the_file() -> None:
 def test_drafts_of_two_networks_are_not_mixed_up() -> None:
     other = terminal_chain(a_network("resnet18"), INPUT, name="draft", license="none", provenance={})
     assert cost_model(other)(other.table.group_sizes(WIDTH)).artifact_bytes < COSTS(FULL).artifact_bytes / 1.5
+
+
+def test_costs_are_known_without_the_network_s_weights() -> None:
+    whole = terminal_chain(a_network("resnet50"), INPUT, name="draft", license="unknown", provenance={})
+    for sizes in (FULL, FULL | dict.fromkeys(GROUPS, 2)):
+        assert budget_of("draft", TABLE, WIDTH, INPUT, None).costs_of(sizes) == cost_model(whole)(sizes)
 
 
 def test_a_budget_below_the_floor_is_refused_with_the_floor() -> None:

@@ -7,7 +7,8 @@ import torch
 from chains.architectures import architecture
 from chains.architectures.resnet import RESNETS
 from chains.chain import STATISTICS
-from chains.compress.units import Pruning, prunable, settled, units_of, with_channels
+from chains.compress.blocks import prunable, units_of
+from chains.compress.units import Pruning, settled, with_channels
 from chains.errors import ArchitectureError
 from chains.export import numpy_state
 from chains.model import ReIDModel, model_of, normalise
