@@ -68,6 +68,10 @@ SANDWICHES: Mapping[str, NestedRecipe] = {
     "nested": NestedRecipe(),
     "nested, no trees inside": NestedRecipe(merged_share=0),
     "nested, similarity 20": NestedRecipe(similarity_weight=20),
+    "nested, ARKD of maps": NestedRecipe(arkd_maps_weight=1),
+    "nested, ARKD of embeddings": NestedRecipe(arkd_embeddings_weight=1),
+    "nested, ARKD of maps, a tenth": NestedRecipe(arkd_maps_weight=0.1),
+    "nested, ARKD of embeddings, a tenth": NestedRecipe(arkd_embeddings_weight=0.1),
     "merge, own norms": NestedRecipe(merged_share=1),
     "merge": PLAIN,
     "slices": PLAIN,
@@ -395,19 +399,23 @@ def means(rows: Rows) -> Iterator[dict[str, Any]]:
 
 
 def main() -> None:
-    options = parse()
+    options = parse(__doc__)
+    write_tables(finish(list(tasks(options.seeds)), options))
+
+
+def finish(everything: list[tuple[int, Task]], options: argparse.Namespace) -> list[Task]:
+    """Run what `options` choose; all that are done, in this run or before."""
     WORK.mkdir(parents=True, exist_ok=True)
-    everything = list(tasks(options.seeds))
     chosen = [(stage, task) for stage, task in everything if task[0].startswith(tuple(options.only))]
     run_all(chosen, options.processes)
     finished = [task for _, task in everything if result_path(task[0]).exists()]
     if len(finished) < len(everything):
         print(f"{len(finished)} of {len(everything)} tasks are done here; the tables keep their rows of the others")
-    write_tables(finished)
+    return finished
 
 
-def parse() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+def parse(description: str | None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     parser.add_argument("--processes", type=int, default=2)
     parser.add_argument("--only", nargs="+", default=[""], help="run only tasks whose names start so")

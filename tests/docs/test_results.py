@@ -42,7 +42,10 @@ ACCURACY = ("capacity.csv", "capacity_long.csv", "demo_chain.csv", "demo_chain_a
 COMPARED = ("zero_training.csv", "after_training.csv", "alone_curve.csv", "comparison_means.csv")
 
 
-@pytest.mark.parametrize("name", [*ACCURACY, *COMPARED, "backbones.csv", "layernorm.csv"])
+SISTERS = ("compression.csv", "headline.csv", "fusion.csv")
+
+
+@pytest.mark.parametrize("name", [*ACCURACY, *COMPARED, "backbones.csv", "layernorm.csv", *SISTERS])
 def test_every_figure_of_an_accuracy_table_stands_in_the_docs(name: str) -> None:
     pages = " ".join(page.read_text() for page in (ROOT / "docs" / "explanation").glob("*.md"))
     for row in rows(name):
@@ -64,6 +67,46 @@ def test_loading_keeps_up_with_training_and_the_docs_say_by_how_much() -> None:
         size = f"{row['height']}×{row['width']}"
         assert f"| {size} | {row['images_per_s']} | {quickest} (" in page
         assert f"| {row['over_training']} |" in page
+
+
+# --- the sister methods
+
+
+def of_method(name: str, method: str) -> dict[str, dict[str, str]]:
+    """Seed -> the row of a method that has one per seed."""
+    return {row["seed"]: row for row in rows(name) if row["method"] == method}
+
+
+def test_deap_keeps_its_teacher_s_accuracy_with_the_paper_s_share_of_parameters_and_macs() -> None:
+    teachers, compressed = of_method("headline.csv", "teacher"), of_method("headline.csv", "deap")
+    assert compressed
+    for seed, row in compressed.items():
+        teacher = teachers[seed]
+        assert int(row["macs"]) <= (1 - 0.7198) * int(teacher["macs"])
+        assert int(row["params"]) <= (1 - 0.7324) * int(teacher["params"])
+        assert float(row["map"]) >= float(teacher["map"]) - 1
+
+
+def test_what_is_made_for_a_budget_fits_it() -> None:
+    budgets = {row["budget"]: int(row["macs"]) for row in rows("compression.csv") if row["method"] == "expanded"}
+    assert len(budgets) == 5
+    assert all(int(row["macs"]) <= budgets[row["budget"]] for row in rows("compression.csv"))
+
+
+def test_a_fused_network_beats_the_same_network_without_the_losses_and_every_partial_teacher() -> None:
+    fused, plain = of_method("fusion.csv", "fused"), of_method("fusion.csv", "teacher")
+    assert fused
+    for seed, row in fused.items():
+        partials = [of_method("fusion.csv", view)[seed] for view in ("up1", "mid1", "dn1", "up2", "mid2", "dn2")]
+        assert float(row["map"]) >= float(plain[seed]["map"]) + 2
+        assert float(row["map"]) > max(float(partial["map"]) for partial in partials)
+        assert row["macs"] == plain[seed]["macs"]
+
+
+def test_a_chain_costs_less_than_a_compression_each_from_two_models_on() -> None:
+    curve = {(row["method"], int(row["models"])): float(row["compute_macs"]) for row in rows("cost_curve.csv")}
+    assert curve["nested", 1] > curve["deap", 1]
+    assert curve["nested", 2] < curve["deap", 2]
 
 
 # --- other networks
