@@ -45,6 +45,7 @@ from chains.width import Width
 
 FORMAT_VERSION = 4  # the latest; a chain is written in the first that can hold it
 METADATA_KEY = "widthwise"
+NAME = r"^[a-z0-9][a-z0-9._-]{0,62}$"  # of a chain
 MAX_CHANNELS = 1_000_000  # of a group, far above any network
 MAX_HEADER_BYTES = 16 * 1024 * 1024
 
@@ -180,7 +181,7 @@ OfVersion = TypeVar("OfVersion", bound=_Frontier[_Accuracy] | _FrontierWithThres
 
 class _Header(_Strict, Generic[OfVersion]):
     format_version: int
-    name: str = Field(pattern=r"^[a-z0-9][a-z0-9._-]{0,62}$")
+    name: str = Field(pattern=NAME)
     architecture: str
     mode: Literal["nested", "oskt"]
     teacher: str

@@ -35,6 +35,7 @@ from pydantic import (
 from chains.arch import Architecture
 from chains.architectures import architecture
 from chains.architectures.vit import refined_name
+from chains.artifact import NAME
 from chains.data.readers import KINDS
 from chains.data.readers.dataset import Boxes, Camera
 from chains.errors import ArchitectureError, ChainsError, DataError, WidthError
@@ -259,7 +260,7 @@ class RecipeFile(_Strict):
 class Config(_Strict):
     """A run. `name` becomes the chain's. `made_from`: words of the user's own, which the chain's provenance repeats."""
 
-    name: str = Field(pattern=r"^[a-z0-9][a-z0-9._-]{0,62}$")
+    name: str = Field(pattern=NAME)
     license: str = Field(min_length=1, max_length=200)
     seed: int = Field(0, ge=0)
     device: Literal["cpu", "cuda"] = "cpu"

@@ -41,7 +41,8 @@ from app.worker.training import (
 
 ASKED, STUDENT, CURVES = "compression.toml", "student.safetensors", "curves.png"
 TRAININGS = ("prune", "finetune")
-PASSING = tuple(f"checkpoint-{training}.safetensors" for training in TRAININGS)
+# In the order in which they come to be: each checkpoint is of no use without what its training started from.
+PASSING = tuple(f"{name}.safetensors" for name in ("start", "checkpoint-prune", "pruned", "checkpoint-finetune"))
 LASTING = (ASKED, *PASSING, METRICS, STUDENT, CURVES, CHAIN, REPORT)
 
 

@@ -2,6 +2,8 @@
 
 compression.toml                  what was asked; a run that goes on must ask the same
 metrics.jsonl, tensorboard/       what happened
+start.safetensors                 what each training starts from: computed once, for on another kind of machine it would
+pruned.safetensors                come out otherwise
 checkpoint-prune.safetensors      to go on from after a kill, one per training
 checkpoint-finetune.safetensors
 student.safetensors               the network, its classifier and statistics, to train on
@@ -25,9 +27,11 @@ from typing import Any
 import tomli_w
 from pydantic import BaseModel, ConfigDict, ValidationError
 from safetensors import SafetensorError, safe_open
+from safetensors.torch import load_file
+from safetensors.torch import save as serialise
 
 from chains import export, plots
-from chains.artifact import StoredChain, save
+from chains.artifact import NAME, StoredChain, save
 from chains.atomic import write_whole
 from chains.budget import Limits
 from chains.calibrate import calibrate
@@ -45,8 +49,10 @@ from chains.compatible import (
 from chains.compress.objective import DeapRecipe
 from chains.compress.run import (
     Compressed,
+    Once,
     Stage,
     Start,
+    Tensors,
     compress,
     deap_recipe,
     from_student,
@@ -63,7 +69,7 @@ from chains.importers.pretraining import read_start
 from chains.model import ReIDModel
 from chains.onnxfile import plan
 from chains.pipeline import CHAIN, REPORT, Recorder, changed, load_chain, report_of, require_answers, require_room
-from chains.processes import joined, local_device
+from chains.processes import Processes, joined, local_device
 from chains.ranking import Ranking
 from chains.runlog import RunLog
 from chains.sources import Source, choose, first_identities, open_source, sized
@@ -163,7 +169,7 @@ def compress_run(asked: Asked, folder: Path, *, resume: bool, say: Say) -> dict[
             _prepare(task, folder)
         team.wait()
         log = stack.enter_context(RunLog(folder)) if team.is_first else None
-        done, anchor = _train(task, folder, log, say)
+        done, anchor = _train(task, folder, log, say, _once(folder, team))
         return None if log is None else _finish(task, folder, done, anchor, log)
 
 
@@ -182,7 +188,7 @@ def read_task(asked: Asked) -> Task:
     if start.student.width != start.tutor.trained.model.width and recipe.gap_weight and asked.recipe is None:
         recipe = replace(recipe, gap_weight=0.0)  # its maps have other channels than the teacher's
     name = asked.name or f"{_as_name(start.name)[:52]}-deap"
-    if _as_name(name) != name or len(name) > MAX_NAME:
+    if re.fullmatch(NAME, name) is None:
         raise DataError(f"--name is '{name[:80]}'; write it as in '{_as_name(name)[:MAX_NAME]}'")
     return Task(opened, name, recipe, asked.limits, old, asked.seed, asked.device, asked.made_from)
 
@@ -196,11 +202,12 @@ def _of_teacher(asked: Asked) -> Opened:
     teacher, _ = with_classifier(exported, "auto", source.train, mark.input, asked.device)
     begun = None if asked.start is None else _like(read_start(asked.start, mark.architecture), exported)
     start = from_teacher(asked.source.stem, teacher, begun)
+    own = {} if exported.classifier is None else {"classifier": exported.classifier}
     made_from = {
         "kind": mark.kind,
         "architecture": mark.architecture,
         "width": mark.width,
-        "weights": digest({**teacher.model.state_dict(), "classifier": teacher.classifier}),
+        "weights": digest({**exported.model.state_dict(), **own}),
         **({} if begun is None else {"start": digest(begun.state_dict())}),
     }
     return Opened(start, mark.input, mark.license, made_from, source)
@@ -283,7 +290,20 @@ def _prepare(task: Task, folder: Path) -> None:
         )
 
 
-def _train(task: Task, folder: Path, log: RunLog | None, say: Say) -> tuple[Compressed, Anchor | None]:
+def _once(folder: Path, team: Processes) -> Once:
+    """Made by the first process, kept in `folder`, and read from there by all: on every machine that goes on."""
+
+    def once(name: str, make: Callable[[], Tensors]) -> Tensors:
+        path = folder / f"{name}.safetensors"
+        if team.is_first and not path.exists():
+            write_whole(path, serialise({key: tensor.contiguous() for key, tensor in make().items()}))
+        team.wait()
+        return load_file(path)
+
+    return once
+
+
+def _train(task: Task, folder: Path, log: RunLog | None, say: Say, once: Once) -> tuple[Compressed, Anchor | None]:
     train, spec = task.source.train, task.opened.input
     validation = first_identities(task.source.query, task.source.gallery, VALIDATION_IDENTITIES)
     anchor = None
@@ -310,6 +330,7 @@ def _train(task: Task, folder: Path, log: RunLog | None, say: Say) -> tuple[Comp
         task.limits,
         task.seed,
         runs,
+        once,
         settling=settling,
         validate=validate,
         compatible=anchor,

@@ -16,6 +16,7 @@ from typing import Any, Literal
 
 import numpy as np
 import torch
+from torch import Tensor, nn
 
 from chains.artifact import StoredChain
 from chains.budget import Limits
@@ -39,6 +40,10 @@ from chains.train import Run, Trained, TrainRecipe, epoch_steps, fit, new_classi
 from chains.width import Width
 
 Stage = Literal["prune", "finetune"]
+Tensors = Mapping[str, Tensor]
+Once = Callable[[str, Callable[[], Tensors]], Tensors]
+"""(name, how it is made) → the tensors, as they were made the first time. What is computed in floating point comes out
+otherwise on another kind of machine, and a checkpoint would not know it again."""
 EPOCHS = {"prune": 90, "finetune": 15}
 FINETUNE_LR = 1e-4
 
@@ -103,6 +108,7 @@ def compress(
     limits: Limits | None,
     seed: int,
     runs: Callable[[Stage], Run] = lambda _: Run(),
+    once: Once = lambda _, make: make(),
     *,
     settling: Images | None = None,
     validate: Callable[[Trained], Mapping[str, float]] | None = None,
@@ -110,19 +116,20 @@ def compress(
 ) -> Compressed:
     """Compress `start` until `limits` hold; `None`: as far as its pruners vanish.
 
-    runs: how each of the two trainings is run. settling: the images that statistics of absorbed norms come from;
-    default: `images`. compatible: an old embedding space to be trained into. Raises `ArchitectureError` for a network
-    that is no ResNet; `BudgetTooSmall`, before anything is trained, where one channel in every inner width is too much;
-    `DataError` where teacher and recipe do not go together; and what `chains.train.fit` raises.
+    runs: how each of the two trainings is run. once: keeps what each starts from, `start` and `pruned`. settling: the
+    images that statistics of absorbed norms come from; default: `images`. compatible: an old embedding space to be
+    trained into.
+    Raises `ArchitectureError` for a network that is no ResNet; `BudgetTooSmall`, before anything is trained, where one
+    channel in every inner width is too much; `DataError` where teacher and recipe do not go together; and what
+    `chains.train.fit` raises.
     """
     table, width = start.student.table, start.student.width
     budget = budget_of(start.name, table, width, input, limits)
     torch.manual_seed(seed)
-    classifier = new_classifier(images, start.student.backbone.channels)
-    pruning = Pruning(start.student)
+    pruning, classifier, tutor = _begun(start, images, once)
 
     def train(student: Pruning | ReIDModel, stage: Stage) -> Compression:
-        objective = Compression(student, classifier, start.tutor, recipe, compatible, start.order, budget)
+        objective = Compression(student, classifier, tutor, recipe, compatible, start.order, budget)
         measure = None if validate is None else (lambda: validate(objective.trained()))
         schedule = recipe.prune if stage == "prune" else recipe.finetune
         fit(objective, images, input, schedule, seed, runs(stage), measure)
@@ -133,7 +140,9 @@ def compress(
     norms = pruning.norms()
     kept = kept_channels(norms, channel_macs(table, width, input, prunable(table)), budget)
     network = with_channels(pruning.absorbed(), kept)
-    network = settled(network, images if settling is None else settling, input).requires_grad_(True)
+    pruned = once("pruned", lambda: settled(network, images if settling is None else settling, input).state_dict())
+    network.load_state_dict(pruned)
+    network.requires_grad_(True)
     network.neck.bias.requires_grad_(False)
     trained = train(network, "finetune").trained()
     every = np.concatenate(list(norms.values()))
@@ -143,6 +152,19 @@ def compress(
         {group: len(channels) for group, channels in kept.items()},
         vanished=float((every == 0).mean()),
     )
+
+
+def _begun(start: Start, images: Images, once: Once) -> tuple[Pruning, nn.Parameter, Tutor]:
+    """What the first training starts from, and the teacher with the classifier that it had then."""
+    pruning, teacher = Pruning(start.student), start.tutor.trained
+    fresh = new_classifier(images, start.student.backbone.channels).detach()
+    tensors = dict(
+        once("start", lambda: {**pruning.state_dict(), "classifier": fresh, "teacher_classifier": teacher.classifier})
+    )
+    classifier = nn.Parameter(tensors.pop("classifier"))
+    tutor = replace(start.tutor, trained=Trained(teacher.model, tensors.pop("teacher_classifier")))
+    pruning.load_state_dict(tensors)
+    return pruning, classifier, tutor
 
 
 def terminal_chain(

@@ -3,12 +3,17 @@
 import json
 import sys
 import tomllib
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import onnxruntime
 import pytest
+import torch
 
+import chains.compress.folder
+import chains.compress.run
 from app.cli import main
 from chains.artifact import load, save
 from chains.budget import Limits, exceeded
@@ -45,8 +50,9 @@ BATCH = "batch = { identities = 4, images_per_identity = 2 }"
 SCHEDULE = f"warmup_steps = 1\n{BATCH}\n"
 QUICK = f"shrink = 0.5\n[prune]\nsteps = 4\n{SCHEDULE}[finetune]\nsteps = 3\n{SCHEDULE}"
 FILES = {
-    *("compression.toml", "metrics.jsonl", "tensorboard", "checkpoint-prune.safetensors"),
-    *("checkpoint-finetune.safetensors", "student.safetensors", "chain.safetensors", "report.json", "curves.png"),
+    *("compression.toml", "metrics.jsonl", "tensorboard", "start.safetensors", "checkpoint-prune.safetensors"),
+    *("pruned.safetensors", "checkpoint-finetune.safetensors", "student.safetensors"),
+    *("chain.safetensors", "report.json", "curves.png"),
 }
 
 
@@ -236,6 +242,12 @@ def test_a_student_may_begin_with_other_weights_than_its_teacher_s(folder: Path,
         read_task(asked(folder, start=tmp_path / "other.safetensors"))
 
 
+def test_a_name_may_be_any_that_a_chain_can_have(folder: Path) -> None:
+    assert read_task(asked(folder, name="door-")).name == "door-"
+    with pytest.raises(DataError, match="--name is '-door'; write it as in 'door'"):
+        read_task(asked(folder, name="-door"))
+
+
 def test_the_full_width_is_trained_into_its_chain_s_space_and_measured(folder: Path, tmp_path: Path) -> None:
     question = asked(folder, "chain.safetensors", compatible_with=folder / "chain.safetensors")
     report = compress_run(question, tmp_path / "run", resume=False, say=print)
@@ -245,3 +257,43 @@ def test_the_full_width_is_trained_into_its_chain_s_space_and_measured(folder: P
     assert (chain.embedding_space == old.embedding_space) == record["is_met"]
     assert record["old_width"] == str(rival_width(old, report["costs"]["macs"]))
     assert np.array_equal(chain.lift(Width(4)), old.lift(Width(4)))
+
+
+def test_a_run_goes_on_where_its_classifier_would_come_out_otherwise(
+    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Centroids and statistics are sums of floats: another kind of processor rounds them otherwise."""
+    question = asked(folder, "chain.safetensors")
+    whole = compress_run(question, tmp_path / "whole", resume=False, say=print)
+    stopped = tmp_path / "stopped"
+    monkeypatch.setattr(chains.compress.folder, "_finish", interrupted)
+    with pytest.raises(Interrupted):
+        compress_run(question, stopped, resume=False, say=print)
+    monkeypatch.undo()
+    for module, name in ((chains.compress.run, "centroid_classifier"), (chains.compress.run, "settled")):
+        monkeypatch.setattr(module, name, rounded_otherwise(getattr(module, name)))
+    resumed = compress_run(question, stopped, resume=True, say=print)
+    assert whole is not None
+    assert resumed is not None
+    assert resumed["digest"] == whole["digest"]
+
+
+class Interrupted(Exception):
+    """The process ends here."""
+
+
+def interrupted(*_: object) -> None:
+    raise Interrupted
+
+
+def rounded_otherwise(function: Callable[..., Any]) -> Callable[..., Any]:
+    """`function` as on a machine whose sums differ in the last bit."""
+
+    def elsewhere(*arguments: Any) -> Any:
+        found = function(*arguments)
+        with torch.no_grad():
+            for tensor in found.parameters() if isinstance(found, torch.nn.Module) else [found]:
+                tensor.mul_(1 + 2**-20)
+        return found
+
+    return elsewhere
