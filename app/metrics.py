@@ -42,6 +42,10 @@ class Metrics:
         self.refusals = self._meter.create_counter(
             "widthwise.budget.refusals", description="Requests no width of the chain fits, by the limit that binds."
         )
+        self.not_loaded = self._meter.create_counter(
+            "widthwise.terminals.not.loaded",
+            description="Requests without a terminal chain whose file cannot be loaded.",
+        )
         self._requests = self._meter.create_histogram(
             "http.server.request.duration",
             unit="s",

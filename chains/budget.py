@@ -83,14 +83,17 @@ class Excess:
     needed: int
 
 
-Reason = Literal["other-embedding-space", "does-not-fit", "not-better"]
+Reason = Literal["other-embedding-space", "cannot-be-loaded", "does-not-fit", "not-better"]
 
 
 @dataclass(frozen=True)
 class Declined:
-    """A terminal chain that was not taken. excess: over the limit that it breaks most, where it does not fit."""
+    """A terminal chain that was not taken. map: measured, in percent; `None`: not measured. excess: over the limit that
+    it breaks most, where it does not fit."""
 
-    terminal: Contender
+    chain: str
+    embedding_space: str
+    map: float | None
     reason: Reason
     excess: Excess | None = None
 
@@ -98,7 +101,7 @@ class Declined:
 @dataclass(frozen=True)
 class Choice:
     """What `choose` chose. terminal: what is served in place of `student`, if anything. student: the one of `asked`;
-    `None`: none fits."""
+    `None`: none fits. declined: by name."""
 
     asked: Contender
     student: Candidate | None
@@ -136,25 +139,24 @@ def widest_that_fits(limits: Limits, candidates: Sequence[Candidate], chain: str
     return widest
 
 
-def choose(limits: Limits, asked: Contender, terminals: Sequence[Contender], *, any_space: bool = False) -> Choice:
+def choose(
+    limits: Limits, asked: Contender, terminals: Sequence[Contender], left_out: Sequence[Declined] = ()
+) -> Choice:
     """The student of `asked` by `widest_that_fits`, or in its place a terminal chain offered with it.
 
     Of the terminals that fit, the one with the highest measured mAP (then the fewest MACs, then by name) is taken where
-    that is above the student's, or where no student fits. any_space: also those of other embedding spaces take part.
-    All must have been measured on one evaluation set. Raises `BudgetTooSmall` as `widest_that_fits` does, over students
-    and terminals that take part.
+    that is above the student's, or where no student fits. left_out: terminals that take no part, and why. All must have
+    been measured on one evaluation set. Raises `BudgetTooSmall` as `widest_that_fits` does, over students and
+    terminals that take part.
     """
-    taking_part = [terminal for terminal in terminals if any_space or terminal.embedding_space == asked.embedding_space]
     student = _widest(limits, asked.candidates)
-    fitting = [terminal for terminal in taking_part if not exceeded(limits, terminal.model.costs)]
+    fitting = [terminal for terminal in terminals if not exceeded(limits, terminal.model.costs)]
     best = min(fitting, key=_rank, default=None)
     if student is None and best is None:
-        raise _too_small(
-            limits, [*asked.candidates, *(one.model for one in taking_part)], asked.chain, bool(taking_part)
-        )
+        raise _too_small(limits, [*asked.candidates, *(one.model for one in terminals)], asked.chain, bool(terminals))
     taken = best if best and (student is None or _is_better(best.model, student)) else None
-    declined = (_declined(limits, terminal, terminal in taking_part) for terminal in terminals if terminal is not taken)
-    return Choice(asked, student, taken, tuple(declined))
+    declined = [*left_out, *(_declined(limits, terminal) for terminal in terminals if terminal is not taken)]
+    return Choice(asked, student, taken, tuple(sorted(declined, key=lambda one: one.chain)))
 
 
 def _widest(limits: Limits, candidates: Sequence[Candidate]) -> Candidate | None:
@@ -178,13 +180,13 @@ def _is_better(model: Candidate, student: Candidate) -> bool:
     return bool(model.accuracy and student.accuracy and model.accuracy.map > student.accuracy.map)
 
 
-def _declined(limits: Limits, terminal: Contender, takes_part: bool) -> Declined:
-    if not takes_part:
-        return Declined(terminal, "other-embedding-space")
-    costs = terminal.model.costs
-    if not exceeded(limits, costs):
-        return Declined(terminal, "not-better")
-    return Declined(terminal, "does-not-fit", _worst(limits, costs))
+def _declined(limits: Limits, terminal: Contender) -> Declined:
+    model = terminal.model
+    excess = _worst(limits, model.costs) if exceeded(limits, model.costs) else None
+    reason: Reason = "does-not-fit" if excess else "not-better"
+    return Declined(
+        terminal.chain, terminal.embedding_space, model.accuracy.map if model.accuracy else None, reason, excess
+    )
 
 
 def _worst(limits: Limits, costs: Costs) -> Excess:

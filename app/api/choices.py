@@ -30,18 +30,20 @@ class DeclinedOut(BaseModel):
     chain: str
     embedding_space: str
     map: Map
-    reason: Annotated[Reason, Field(description="`not-better` than what was chosen")]
+    reason: Annotated[
+        Reason, Field(description="`not-better` than what was chosen; `cannot-be-loaded`: its stored file")
+    ]
     limit: Annotated[str | None, Field(description="of one that does not fit: the limit that it breaks most")]
     allowed: Annotated[int | None, Field(description="what that limit allows")]
     needed: Annotated[int | None, Field(description="what the terminal chain needs")]
 
     @classmethod
     def of(cls, declined: Declined) -> DeclinedOut:
-        terminal, excess = declined.terminal, declined.excess
+        excess = declined.excess
         return cls(
-            chain=terminal.chain,
-            embedding_space=terminal.embedding_space,
-            map=_map(terminal.model),
+            chain=declined.chain,
+            embedding_space=declined.embedding_space,
+            map=declined.map,
             reason=declined.reason,
             limit=excess and excess.limit,
             allowed=excess and excess.allowed,
@@ -83,20 +85,22 @@ def _why(choice: Choice, frontier: Frontier | None) -> str:
         beside = (
             f"Of the terminal chains offered with it, {beside}" if beside else "No terminal chain is offered with it"
         )
-        return f"Student {choice.model.width} of chain '{asked}' {_figure(choice.model)}{_on(frontier)}. {beside}."
+        return (
+            f"Student {choice.model.width} of chain '{asked}' {_figure(_map(choice.model))}{_on(frontier)}. {beside}."
+        )
     beside = (
         f"no student of chain '{asked}' fits"
         if student is None
-        else f"student {student.width} of chain '{asked}' {_figure(student)} on the same"
+        else f"student {student.width} of chain '{asked}' {_figure(_map(student))} on the same"
     )
     return (
-        f"Terminal chain '{terminal.chain}' {_figure(terminal.model)}{_on(frontier)}; {beside}. "
+        f"Terminal chain '{terminal.chain}' {_figure(_map(terminal.model))}{_on(frontier)}; {beside}. "
         f"{_spaces(terminal, choice.asked)}."
     )
 
 
-def _figure(model: Candidate) -> str:
-    return f"measures {model.accuracy.map:g} mAP" if model.accuracy else "was not measured"
+def _figure(mean_ap: float | None) -> str:
+    return "was not measured" if mean_ap is None else f"measures {mean_ap:g} mAP"
 
 
 def _on(frontier: Frontier | None) -> str:
@@ -109,12 +113,14 @@ def _on(frontier: Frontier | None) -> str:
 
 
 def _why_not(declined: Declined) -> str:
-    name, excess = f"'{declined.terminal.chain}'", declined.excess
+    name, excess = f"'{declined.chain}'", declined.excess
     if declined.reason == "other-embedding-space":
-        return f"{name} has another embedding space, '{declined.terminal.embedding_space}'"
+        return f"{name} has another embedding space, '{declined.embedding_space}'"
+    if declined.reason == "cannot-be-loaded":
+        return f"the stored file of {name} cannot be loaded"
     if excess is not None:
         return f"{name} does not fit: {excess.limit} allows {excess.allowed:,}, it needs {excess.needed:,}"
-    return f"{name} is no better: it {_figure(declined.terminal.model)}"
+    return f"{name} is no better: it {_figure(declined.map)}"
 
 
 def _spaces(terminal: Contender, asked: Contender) -> str:

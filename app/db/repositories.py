@@ -9,13 +9,23 @@ from __future__ import annotations
 from collections.abc import Sequence
 from datetime import datetime
 from types import ModuleType
+from typing import NamedTuple
 
-from sqlalchemy import ColumnElement, delete, func, or_, select, update
+from sqlalchemy import ColumnElement, and_, delete, func, or_, select, update
 from sqlalchemy.dialects import postgresql, sqlite
 from sqlalchemy.orm import InstrumentedAttribute, Session
 
 from app.db.jobs import UNFINISHED
-from app.db.tables import AliasChangeRow, AliasRow, ChainRow, JobRow, ModelRow, OfferRow
+from app.db.tables import AliasChangeRow, AliasRow, ChainRow, JobRow, ModelRow, OfferRow, WidthRow
+
+
+class ChainFile(NamedTuple):
+    """What the rows of a chain say of its file. mean_ap: of the narrowest width, so of a terminal chain of its one."""
+
+    name: str
+    digest: str
+    embedding_space: str
+    mean_ap: float | None
 
 
 class Chains:
@@ -28,16 +38,23 @@ class Chains:
         """The chain of that name, or the one an alias of that name points at."""
         return self._session.scalar(select(ChainRow).where(_is_called(name)))
 
-    def digests(self, name: str) -> tuple[str, Sequence[str]] | None:
-        """As `find`, but only the digest of the chain's file, and of the files of the terminal chains offered with it,
-        by name: all that serving a model needs. One statement, because every request asks."""
+    def files(self, name: str) -> tuple[ChainFile, Sequence[ChainFile]] | None:
+        """As `find`, but only the chain's file, and the files of the terminal chains offered with it, by name: all that
+        serving a model needs. One statement, because every request asks."""
         is_asked = _is_called(name)
-        files = select(ChainRow.digest, is_asked).outerjoin(OfferRow, OfferRow.terminal == ChainRow.name)
+        columns = (ChainRow.name, ChainRow.digest, ChainRow.embedding_space, WidthRow.mean_ap)
+        files = (
+            select(is_asked, *columns)
+            .select_from(ChainRow)
+            .join(WidthRow, and_(WidthRow.chain == ChainRow.name, WidthRow.position == 0))
+            .outerjoin(OfferRow, OfferRow.terminal == ChainRow.name)
+        )
         rows = self._session.execute(
             files.where(or_(is_asked, _is_called(name, OfferRow.chain))).order_by(ChainRow.name)
         ).all()
-        asked = next((digest for digest, is_it in rows if is_it), None)
-        return None if asked is None else (asked, [digest for digest, is_it in rows if not is_it])
+        found = [(is_it, ChainFile(own, digest, space, mean_ap)) for is_it, own, digest, space, mean_ap in rows]
+        asked = next((file for is_it, file in found if is_it), None)
+        return None if asked is None else (asked, [file for is_it, file in found if not is_it])
 
     def name(self, name: str) -> str | None:
         """As `find`, but only the chain's own name."""

@@ -23,6 +23,7 @@ from app.errors import OfferRefused, PromotionRefused, UnknownOffer
 from app.services.promotion import unknowns
 from app.services.registry import known_chain, known_name
 
+MAX_TERMINALS = 64  # offered with one chain: a request loads all that take part, and each takes memory of the cache
 EVALUATION_SET = ("dataset", "protocol", "seed", "queries", "gallery")  # of `chains.chain.Frontier`
 
 
@@ -46,9 +47,9 @@ class Offers:
         """Offer one chain with another, both by name or alias, and with no other any more. Where it is offered with
         that one already, nothing changes.
 
-        Raises `UnknownChain`; `OfferRefused` where it is not terminal, the other one is, or the two do not see the same
-        images or were not measured on the same; and `PromotionRefused` for one whose terms or consent basis are not
-        known, unless that is accepted.
+        Raises `UnknownChain`; `OfferRefused` where it is not terminal, the other one is, the two do not see the same
+        images or were not measured on the same, or `MAX_TERMINALS` are offered with the other one already; and
+        `PromotionRefused` for one whose terms or consent basis are not known, unless that is accepted.
         """
         with self._database.transaction() as session:
             own, other = _locked(session, terminal, chain)
@@ -57,6 +58,12 @@ class Offers:
             if previous == other.name:
                 return Offer(own.name, other.name, previous, same_space)
             require_comparable(own, other)
+            if (there := len(other.terminals)) >= MAX_TERMINALS:
+                raise OfferRefused(
+                    own.name,
+                    other.name,
+                    f"{there} terminal chains are, and no more than {MAX_TERMINALS} can be; take one back first",
+                )
             unknown = unknowns(own)
             if unknown and not accept_unknown:
                 raise PromotionRefused(own.name, f"offered with '{other.name}'", unknown)
@@ -85,9 +92,10 @@ def require_comparable(terminal: ChainRow, chain: ChainRow) -> None:
         return OfferRefused(terminal.name, chain.name, why)
 
     if not terminal.is_terminal:
+        older = ", or publish its file again, if it was published by an older version" * (len(terminal.widths) == 1)
         raise refuse(
             f"'{terminal.name}' is no terminal chain, and of those alone each is one model; promote it, or ask for it "
-            "by its name"
+            f"by its name{older}"
         )
     if chain.is_terminal:
         raise refuse(f"'{chain.name}' is a terminal chain itself, and has no students")

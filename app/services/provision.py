@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import hashlib
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from typing import Any, Literal
@@ -22,7 +22,7 @@ from app.db.session import Database
 from app.db.tables import ModelRow
 from app.errors import AppError, NotReproducible, UnknownChain, UnknownModel
 from app.metrics import Metrics
-from app.services.registry import STABLE, Registry
+from app.services.registry import STABLE, Offered, Registry
 from app.tracing import span, traced_chunks
 from chains.artifact import StoredChain
 from chains.budget import Candidate, Choice, Contender, Limits, choose
@@ -85,12 +85,15 @@ class Provision:
     def provide(self, request: ModelRequest) -> Model:
         """The model for these limits, recorded so that it can be fetched by id.
 
-        Raises `UnknownChain`, `BudgetTooSmall`, `UnsupportedOption`, `StorageError` and `DatabaseUnavailable`.
+        A terminal chain that cannot be loaded is left out, and the choice says so. Raises `UnknownChain`,
+        `BudgetTooSmall`, `UnsupportedOption`, `DatabaseUnavailable`, and `StorageError` or `ChainFileError` where the
+        chain itself cannot be loaded, or where nothing fits and a terminal chain that cannot be loaded might have.
         """
-        asked, terminals = self._registry.load_offered(request.chain)
-        with span("provision.choose", chain=asked.chain.name):
-            choice = self._choose(request, asked, terminals)
-        stored = next(one for one in (asked, *terminals) if one.chain.name == choice.chain)
+        offered = self._registry.load_offered(request.chain, any_space=request.embedding_space == "any")
+        self._tell(offered)
+        with span("provision.choose", chain=offered.asked.chain.name):
+            choice = self._choose(request, offered)
+        stored = next(one for one in (offered.asked, *offered.terminals) if one.chain.name == choice.chain)
         width = choice.model.width
         with span("provision.plan", chain=stored.chain.name, width=str(width)):
             made = plan(stored, width, request.options)
@@ -128,11 +131,21 @@ class Provision:
         chunks = self._hashed(model) if is_hashed else iter(model.plan.chunks(start, stop))
         return traced_chunks("provision.stream", chunks, chain=model.stored.chain.name, width=str(model.width))
 
-    def _choose(self, request: ModelRequest, asked: StoredChain, terminals: Sequence[StoredChain]) -> Choice:
-        own, *others = (_contender(stored, request.options) for stored in (asked, *terminals))
+    def _tell(self, offered: Offered) -> None:
+        """Log and count what could not be loaded."""
+        if offered.failures:
+            errors = {name: str(error) for name, error in offered.failures.items()}
+            _log.warning("terminal chains not loaded", chain=offered.asked.chain.name, errors=errors)
+        for name in offered.failures:
+            self._metrics.not_loaded.add(1, {"chain": name})
+
+    def _choose(self, request: ModelRequest, offered: Offered) -> Choice:
+        own, *others = (_contender(stored, request.options) for stored in (offered.asked, *offered.terminals))
         try:
-            return choose(request.limits, own, others, any_space=request.embedding_space == "any")
+            return choose(request.limits, own, others, offered.left_out)
         except BudgetTooSmall as error:
+            if offered.failures:
+                raise next(iter(offered.failures.values())) from error  # what could not be loaded might have fitted
             self._metrics.refusals.add(1, {"limit": error.limit})
             raise
 

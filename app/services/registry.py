@@ -16,7 +16,7 @@ from sqlalchemy.orm import Session
 
 from app.actor import COMMAND_LINE, WORKER, Actor
 from app.db.audit import Audit
-from app.db.repositories import Aliases, Chains
+from app.db.repositories import Aliases, ChainFile, Chains
 from app.db.session import Database
 from app.db.tables import ChainRow, WidthRow
 from app.errors import (
@@ -25,6 +25,7 @@ from app.errors import (
     ChainRightsDiffer,
     InvalidPageToken,
     ReservedName,
+    StorageError,
     UnknownChain,
 )
 from app.services.chain_cache import ChainCache
@@ -34,13 +35,14 @@ from app.storage.port import CHUNK_BYTES, ObjectStore, content_key, read_verifie
 from app.terms import UNKNOWN, ConsentBasis, Rights, Terms
 from chains import artifact
 from chains.artifact import StoredChain
+from chains.budget import Declined, Reason
 from chains.chain import Chain, Frontier, Thresholds
+from chains.errors import ChainFileError
 from chains.onnxfile import EmitOptions, plan, require_finite
 from chains.width import Width
 
 STABLE, CANARY = "stable", "canary"
 RESERVED_NAMES = frozenset({STABLE, CANARY})  # they are aliases, and a chain of that name would hide one
-TAKE_BACK = "take that back first, by DELETE /chains/{terminal}/offer"
 Found = TypeVar("Found")
 
 
@@ -50,6 +52,20 @@ class Page:
 
     chains: Sequence[ChainRow]
     continue_after: str | None
+
+
+@dataclass(frozen=True, eq=False)
+class Offered:
+    """A chain that was asked for, and the terminal chains that are offered with it; all ready to expand.
+
+    terminals: those that take part, by name. left_out: the others, by name. failures: by name, why those of them that
+    should take part could not be loaded.
+    """
+
+    asked: StoredChain
+    terminals: Sequence[StoredChain]
+    left_out: Sequence[Declined]
+    failures: Mapping[str, StorageError | ChainFileError]
 
 
 class Registry:
@@ -109,12 +125,28 @@ class Registry:
         with self._database.transaction() as session:
             return known_chain(session, name)
 
-    def load_offered(self, name: str) -> tuple[StoredChain, Sequence[StoredChain]]:
-        """The chain of that name or alias, and the terminal chains that are offered with it, by name; ready to expand.
-        Raises `UnknownChain` and as `load`."""
+    def load_offered(self, name: str, *, any_space: bool = False) -> Offered:
+        """The chain of that name or alias, and the terminal chains that are offered with it.
+
+        any_space: those of other embedding spaces take part too. Only what takes part is loaded; one that cannot be is
+        left out, so that it does not take the chain with it. Raises `UnknownChain`, and as `load` of the chain itself.
+        """
         with self._database.transaction() as session:
-            asked, terminals = _known(name, Chains(session).digests)
-        return self.load(asked), [self.load(terminal) for terminal in terminals]
+            asked, beside = _known(name, Chains(session).files)
+        chain = self.load(asked.digest)
+        terminals: list[StoredChain] = []
+        left_out: list[Declined] = []
+        failures: dict[str, StorageError | ChainFileError] = {}
+        for file in beside:
+            if not any_space and file.embedding_space != asked.embedding_space:
+                left_out.append(_declined(file, "other-embedding-space"))
+                continue
+            try:
+                terminals.append(self.load(file.digest))
+            except (StorageError, ChainFileError) as error:
+                left_out.append(_declined(file, "cannot-be-loaded"))
+                failures[file.name] = error
+        return Offered(chain, terminals, left_out, failures)
 
     def page(self, after: str, size: int) -> Page:
         """Up to `size` chains whose names follow `after` (empty: from the first). Raises `InvalidPageToken`."""
@@ -171,11 +203,10 @@ class Registry:
                     row.name, f"the alias '{row.aliases[0].alias}' points at it; promote another chain first"
                 )
             if row.offer is not None:
-                raise ChainInUse(row.name, f"it is offered with chain '{row.offer.chain}'; {TAKE_BACK}")
+                raise ChainInUse(row.name, f"it is offered with chain '{row.offer.chain}'; {_take_back(row.name)}")
             if row.terminals:
-                raise ChainInUse(
-                    row.name, f"terminal chain '{row.terminals[0].terminal}' is offered with it; {TAKE_BACK}"
-                )
+                terminal = row.terminals[0].terminal
+                raise ChainInUse(row.name, f"terminal chain '{terminal}' is offered with it; {_take_back(terminal)}")
             for job in chains.unfinished_jobs():
                 if row.name in _texts(job.request):
                     raise ChainInUse(row.name, f"job {job.id} is {job.state} and names it; wait for it or cancel it")
@@ -209,6 +240,14 @@ def _known(name: str, find: Callable[[str], Found | None]) -> Found:
     if found is None:
         raise UnknownChain(name)
     return found
+
+
+def _take_back(terminal: str) -> str:
+    return f"take that back first, by DELETE /chains/{terminal}/offer"
+
+
+def _declined(file: ChainFile, reason: Reason) -> Declined:
+    return Declined(file.name, file.embedding_space, file.mean_ap, reason)
 
 
 def _agree(session: Session, known: ChainRow, offered: ChainRow, by: Actor | None) -> None:

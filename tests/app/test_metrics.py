@@ -247,6 +247,7 @@ def test_every_metric_is_on_the_page_of_operators(client: TestClient, app: FastA
     fill(app.state.services.database, datetime.now(UTC))
     client.post("/models", json=ROOMY)
     client.post("/models", json={"limits": {"max_macs": 1}})
+    metrics.not_loaded.add(1, {"chain": "a"})
     JobMetrics(metrics).step_ended("refine", "train", "succeeded", 1.0)
     JobMetrics(metrics).attempt_failed("refine", "train", OSError())
     shown = {name for name, _ in scraped(client)}

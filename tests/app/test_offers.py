@@ -17,6 +17,7 @@ from fastapi import FastAPI
 from fastapi.testclient import TestClient
 from sqlalchemy import event, insert, inspect, select
 from sqlalchemy.exc import IntegrityError
+from structlog.testing import capture_logs
 
 from app.actor import Actor
 from app.db.migrate import downgrade, migrate
@@ -85,7 +86,7 @@ def offers(database: Database, registry: Registry) -> Offers:
 
 
 def offered_with(registry: Registry, name: str) -> list[str]:
-    return [terminal.chain.name for terminal in registry.load_offered(name)[1]]
+    return [terminal.chain.name for terminal in registry.load_offered(name, any_space=True).terminals]
 
 
 def audited(database: Database, action: str) -> list[AuditRow]:
@@ -218,6 +219,21 @@ def one_width() -> dict[str, Any]:
     return {"statistics": {full: FLEET.statistics[full]}, "frontier": made_up_frontier((full,))}
 
 
+def test_so_many_terminal_chains_are_offered_with_one_chain(
+    offers: Offers, registry: Registry, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("app.services.offers.MAX_TERMINALS", 2)
+    registry.publish(artifact.dump(replace(FLEET, name="second")), rights=KNOWN)
+    for name in ("worse", "foreign"):
+        offers.offer(name, "fleet", ME)
+    with pytest.raises(OfferRefused, match="with 'fleet': 2 terminal chains are, and no more than 2 can be"):
+        offers.offer("better", "fleet", ME)
+    assert offers.offer("worse", "fleet", ME).previous == "fleet"
+    assert offers.offer("better", "second", ME).chain == "second"
+    offers.withdraw("worse", ME)
+    assert offers.offer("better", "fleet", ME).previous == "second"
+
+
 def test_one_space_has_embeddings_of_one_length(offers: Offers, registry: Registry) -> None:
     """A file says by itself which space it belongs to."""
     registry.publish(artifact.dump(a_terminal("long", 55.0, stem=10)), rights=KNOWN)
@@ -239,9 +255,10 @@ def test_chains_that_nobody_knows_are_not_offered(offers: Offers, name: str) -> 
 def test_a_chain_in_an_offer_is_not_deleted(offers: Offers, registry: Registry, database: Database) -> None:
     registry.publish(artifact.dump(replace(FLEET, name="second")), rights=KNOWN)
     offers.offer("worse", "second", ME)
-    with pytest.raises(ChainInUse, match=r"it is offered with chain 'second'; take that back first"):
+    take_back = "take that back first, by DELETE /chains/worse/offer$"
+    with pytest.raises(ChainInUse, match=f"it is offered with chain 'second'; {take_back}"):
         registry.delete("worse", ME)
-    with pytest.raises(ChainInUse, match=r"terminal chain 'worse' is offered with it; take that back first"):
+    with pytest.raises(ChainInUse, match=f"terminal chain 'worse' is offered with it; {take_back}"):
         registry.delete("second", ME)
     offers.withdraw("worse", ME)
     registry.delete("worse", ME)
@@ -318,8 +335,11 @@ def test_what_an_older_server_published_is_known_as_terminal_once_it_is_publishe
 ) -> None:
     downgrade(database, "0003")
     migrate(database)
-    with pytest.raises(OfferRefused, match="no terminal chain"):
+    heals = "or publish its file again, if it was published by an older version$"
+    with pytest.raises(OfferRefused, match=f"no terminal chain.*{heals}"):
         Offers(database).offer("worse", "fleet", ME)
+    with pytest.raises(OfferRefused, match=r"no terminal chain.*by its name$"):  # it has more widths than one
+        Offers(database).offer("fleet", "fleet", ME)
     registry.publish(files["worse"])
     assert Offers(database).offer("worse", "fleet", ME).chain == "fleet"
 
@@ -431,6 +451,76 @@ def test_a_terminal_chain_answers_where_no_student_fits(client: TestClient) -> N
     assert problem["detail"].startswith("no student of, or terminal chain offered with, chain 'fleet' fits")
     assert (problem["chain"], problem["smallest_available"]) == ("fleet", macs)
     assert ask(client, macs - 1)["smallest_available"] == narrowest > macs
+
+
+LOSSES: dict[str, Callable[[Path], object]] = {
+    "missing": Path.unlink,
+    "other bytes": lambda file: file.write_bytes(b"x"),
+    "unreadable": lambda file: (file.unlink(), file.mkdir()),
+}
+
+
+def lose(app: FastAPI, name: str, how: str, root: Path) -> None:
+    """Take the stored file of that chain away, and all chains from memory."""
+    registry = app.state.services.registry
+    (file,) = root.rglob(registry.find(name).digest)
+    LOSSES[how](file)
+    registry.forget_loaded()
+
+
+@pytest.mark.parametrize("how", LOSSES)
+def test_a_terminal_chain_that_cannot_be_loaded_leaves_the_chain_and_the_other_ones(
+    app: FastAPI, client: TestClient, tmp_path: Path, how: str
+) -> None:
+    for name in ("better", "worse"):
+        offer(client, name)
+    (macs,) = macs_of(client, "better")
+    lose(app, "better", how, tmp_path)
+    with capture_logs() as logs:
+        manifest = ask(client, macs)
+    assert (manifest["chain"], manifest["width"]) == ("fleet", "4x2-4-8")
+    choice = manifest["choice"]
+    assert choice["declined"][0] == {
+        "chain": "better",
+        "embedding_space": "fleet-1",
+        "map": 52.5,
+        "reason": "cannot-be-loaded",
+        "limit": None,
+        "allowed": None,
+        "needed": None,
+    }
+    assert [declined["chain"] for declined in choice["declined"]] == ["better", "worse"]
+    assert "offered with it, the stored file of 'better' cannot be loaded; 'worse' is no better" in choice["why"]
+    (warning,) = [line for line in logs if line["log_level"] == "warning"]
+    assert (warning["chain"], list(warning["errors"])) == ("fleet", ["better"])
+    assert 'widthwise_terminals_not_loaded_total{chain="better"} 1.0' in client.get("/metrics").text
+
+
+def test_only_terminal_chains_that_take_part_are_loaded(app: FastAPI, client: TestClient, tmp_path: Path) -> None:
+    offer(client, "foreign")
+    lose(app, "foreign", "missing", tmp_path)
+    loaded = app.state.services.registry.cache.misses
+    (declined,) = ask(client, 10**9)["choice"]["declined"]
+    assert (declined["reason"], declined["map"]) == ("other-embedding-space", 60.0)
+    assert app.state.services.registry.cache.misses == loaded + 1
+    (declined,) = ask(client, 10**9, embedding_space="any")["choice"]["declined"]
+    assert declined["reason"] == "cannot-be-loaded"
+
+
+def test_what_might_have_fitted_but_cannot_be_loaded_is_no_refusal(
+    app: FastAPI, client: TestClient, tmp_path: Path
+) -> None:
+    offer(client, "foreign")
+    (macs,) = macs_of(client, "foreign")
+    lose(app, "foreign", "missing", tmp_path)
+    assert ask(client, macs)["code"] == "budget-too-small"
+    assert ask(client, macs, embedding_space="any")["code"] == "stored-object-missing"
+
+
+def test_a_chain_that_cannot_be_loaded_itself_is_an_error(app: FastAPI, client: TestClient, tmp_path: Path) -> None:
+    offer(client, "better")
+    lose(app, "fleet", "other bytes", tmp_path)
+    assert ask(client, 10**9)["code"] == "stored-object-corrupt"
 
 
 def test_headers_and_bytes_are_those_of_the_terminal_chain(client: TestClient) -> None:

@@ -268,8 +268,8 @@ def test_a_chain_deleted_while_a_model_of_it_is_asked_for_is_unknown(
     provision = Provision(database, registry, make_app().state.services.metrics)
     load = registry.load_offered
 
-    def load_and_lose(name: str) -> object:
-        found = load(name)
+    def load_and_lose(name: str, *, any_space: bool) -> object:
+        found = load(name, any_space=any_space)
         registry.delete(name, ME)
         return found
 

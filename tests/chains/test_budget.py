@@ -4,7 +4,17 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from chains.budget import COST_OF_LIMIT, Candidate, Contender, Excess, Limits, choose, exceeded, widest_that_fits
+from chains.budget import (
+    COST_OF_LIMIT,
+    Candidate,
+    Contender,
+    Declined,
+    Excess,
+    Limits,
+    choose,
+    exceeded,
+    widest_that_fits,
+)
 from chains.chain import WidthAccuracy
 from chains.cost import Costs
 from chains.errors import BudgetTooSmall, LimitsError
@@ -109,8 +119,8 @@ def a_chain(*accuracies: float) -> Contender:
     return Contender("asked", "space", tuple(ladder))
 
 
-def terminal(name: str, stem: int, accuracy: float | None, space: str = "space") -> Contender:
-    return Contender(name, space, (candidate(stem, accuracy),))
+def terminal(name: str, stem: int, accuracy: float | None) -> Contender:
+    return Contender(name, "space", (candidate(stem, accuracy),))
 
 
 STUDENTS = a_chain(50.0, 60.0, 70.0)  # at 1,600, 2,500 and 3,600 MACs
@@ -133,7 +143,6 @@ STUDENTS = a_chain(50.0, 60.0, 70.0)  # at 1,600, 2,500 and 3,600 MACs
         (900, [terminal("t", 3, 1.0)], "t"),  # no student fits
         (900, [terminal("t", 3, None)], "t"),
         (900, [terminal("a", 3, None), terminal("b", 3, 0.0)], "b"),
-        (3600, [terminal("t", 4, 90.0, "other")], "asked"),
     ],
 )
 def test_a_terminal_chain_is_taken_where_it_fits_and_measures_more(
@@ -142,19 +151,10 @@ def test_a_terminal_chain_is_taken_where_it_fits_and_measures_more(
     choice = choose(Limits(max_macs=max_macs), STUDENTS, terminals)
     assert choice.chain == chosen
     assert choice.model.costs.macs <= max_macs
-    assert [declined.terminal.chain for declined in choice.declined] == [
-        t.chain for t in terminals if t.chain != chosen
-    ]
+    assert [declined.chain for declined in choice.declined] == [t.chain for t in terminals if t.chain != chosen]
     if chosen != "asked":
         assert choice.terminal is not None
         assert choice.model == choice.terminal.candidates[0]
-
-
-def test_other_spaces_take_part_where_any_will_do() -> None:
-    foreign = terminal("t", 4, 90.0, "other")
-    assert choose(Limits(max_macs=3600), STUDENTS, [foreign], any_space=True).terminal == foreign
-    (declined,) = choose(Limits(max_macs=3600), STUDENTS, [foreign]).declined
-    assert (declined.reason, declined.excess) == ("other-embedding-space", None)
 
 
 def test_a_student_that_nobody_measured_stays() -> None:
@@ -163,35 +163,37 @@ def test_a_student_that_nobody_measured_stays() -> None:
 
 
 def test_every_terminal_chain_that_was_not_taken_has_a_reason() -> None:
-    terminals = [terminal("large", 9, 99.0), terminal("low", 4, 10.0), terminal("other", 4, 99.0, "other")]
-    choice = choose(Limits(max_macs=2700, max_params=10**6), STUDENTS, terminals)
+    foreign = Declined("foreign", "other", 99.0, "other-embedding-space")
+    terminals = [terminal("large", 9, 99.0), terminal("low", 4, 10.0), terminal("new", 4, None)]
+    choice = choose(Limits(max_macs=2700, max_params=10**6), STUDENTS, terminals, [foreign])
     assert choice.student == STUDENTS.candidates[1]
-    large, low, other = choice.declined
-    assert (large.reason, large.excess) == ("does-not-fit", Excess(3.0, "max_macs", 2700, 8100))
-    assert (low.reason, other.reason) == ("not-better", "other-embedding-space")
+    assert choice.declined == (
+        foreign,
+        Declined("large", "space", 99.0, "does-not-fit", Excess(3.0, "max_macs", 2700, 8100)),
+        Declined("low", "space", 10.0, "not-better"),
+        Declined("new", "space", None, "not-better"),
+    )
 
 
 @pytest.mark.parametrize(
-    ("terminals", "any_space", "smallest", "words"),
+    ("terminals", "smallest", "words"),
     [
-        ([terminal("t", 3, 1.0)], False, 900, "no student of, or terminal chain offered with, chain 'asked' fits"),
-        ([terminal("t", 5, 1.0)], False, 1600, "no student of, or terminal chain offered with, chain 'asked' fits"),
-        ([terminal("t", 3, 1.0, "other")], False, 1600, "no student of chain 'asked' fits"),
-        ([terminal("t", 3, 1.0, "other")], True, 900, "or terminal chain"),
-        ([], True, 1600, "no student of chain 'asked' fits"),
+        ([terminal("t", 3, 1.0)], 900, "no student of, or terminal chain offered with, chain 'asked' fits"),
+        ([terminal("t", 5, 1.0)], 1600, "no student of, or terminal chain offered with, chain 'asked' fits"),
+        ([], 1600, "no student of chain 'asked' fits"),
     ],
 )
 def test_where_nothing_fits_the_closest_of_all_that_take_part_is_named(
-    terminals: list[Contender], any_space: bool, smallest: int, words: str
+    terminals: list[Contender], smallest: int, words: str
 ) -> None:
     with pytest.raises(BudgetTooSmall, match=words) as caught:
-        choose(Limits(max_macs=800), STUDENTS, terminals, any_space=any_space)
+        choose(Limits(max_macs=800), STUDENTS, terminals)
     assert (caught.value.chain, caught.value.smallest_available) == ("asked", smallest)
 
 
-TERMINALS = st.lists(
-    st.tuples(st.integers(4, 16), st.floats(0, 100), st.sampled_from(["space", "other"])), max_size=4
-).map(lambda drawn: [terminal(f"t{number}", *one) for number, one in enumerate(drawn)])
+TERMINALS = st.lists(st.tuples(st.integers(4, 16), st.floats(0, 100)), max_size=4).map(
+    lambda drawn: [terminal(f"t{number}", *one) for number, one in enumerate(drawn)]
+)
 
 
 def measured(model: Candidate) -> float:
@@ -199,16 +201,15 @@ def measured(model: Candidate) -> float:
     return model.accuracy.map
 
 
-@given(ACCURACIES, TERMINALS, st.booleans(), st.integers(1600, 30_000))
+@given(ACCURACIES, TERMINALS, st.integers(1600, 30_000))
 def test_nothing_that_was_chosen_is_worse_than_the_student_or_a_terminal_chain_that_fits(
-    accuracies: list[tuple[float, float]], terminals: list[Contender], any_space: bool, max_macs: int
+    accuracies: list[tuple[float, float]], terminals: list[Contender], max_macs: int
 ) -> None:
     limits = Limits(max_macs=max_macs)
     ladder = [candidate(stem, *accuracy) for stem, accuracy in zip(range(4, 17), accuracies, strict=True)]
-    choice = choose(limits, Contender("asked", "space", tuple(ladder)), terminals, any_space=any_space)
+    choice = choose(limits, Contender("asked", "space", tuple(ladder)), terminals)
     assert choice.student == widest_that_fits(limits, ladder, "asked")
-    beside = [t.model for t in terminals if any_space or t.embedding_space == "space"]
-    fitting = [choice.student, *(model for model in beside if not exceeded(limits, model.costs))]
+    fitting = [choice.student, *(t.model for t in terminals if not exceeded(limits, t.model.costs))]
     assert measured(choice.model) == max(measured(model) for model in fitting)
     assert choice.model in fitting
 
@@ -216,16 +217,14 @@ def test_nothing_that_was_chosen_is_worse_than_the_student_or_a_terminal_chain_t
 @given(
     st.lists(st.floats(0, 100), min_size=13, max_size=13).map(sorted),
     TERMINALS,
-    st.booleans(),
     st.integers(1600, 30_000),
     st.integers(0, 10_000),
 )
 def test_where_wider_measures_more_a_larger_limit_never_gives_a_lower_map(
-    accuracies: list[float], terminals: list[Contender], any_space: bool, small: int, more: int
+    accuracies: list[float], terminals: list[Contender], small: int, more: int
 ) -> None:
     """Elsewhere it may, by as much as an interval is wide: see `widest_that_fits`."""
     tight, roomy = (
-        choose(Limits(max_macs=allowed), a_chain(*accuracies), terminals, any_space=any_space).model
-        for allowed in (small, small + more)
+        choose(Limits(max_macs=allowed), a_chain(*accuracies), terminals).model for allowed in (small, small + more)
     )
     assert measured(roomy) >= measured(tight)
