@@ -97,7 +97,7 @@ def register(context: StepContext) -> dict[str, Any]:
     verify_dataset(context, dataset_row(context))
     fused = context.outputs["fuse"]
     if fused["is_worse"] and not context.request["keep_worse"]:
-        raise JobPermanentlyFailed(_verdict(fused))
+        raise JobPermanentlyFailed(_verdict(fused, context.outputs["settle"]["rights"]))
     path = context.folder / RUN / TEACHER
     if not path.exists() and not context.fetch_file(TEACHER, path):
         raise JobPermanentlyFailed("the fused teacher is not kept any more; start a new job")
@@ -164,15 +164,14 @@ def _task(context: StepContext, request: FuseIn, settled: Mapping[str, Any]) -> 
         "output": output_of(steps),
         **({} if request.preset == "usual" else {"train": {"steps": steps}}),
     }
-    return {"do": "fuse", "config": config, "steps": steps, "changes": changes, **_confinement(context, settled)}
+    return {"do": "fuse", "config": config, "steps": steps, "changes": changes, "confinement": _confined(context)}
 
 
-def _confinement(context: StepContext, settled: Mapping[str, Any]) -> dict[str, Any]:
-    if not any(one["is_frozen"] for one in settled["inputs"]):
-        return {}
+def _confined(context: StepContext) -> dict[str, Any]:
+    """How the stage runs graphs. Always given: it tells a graph by its content, whatever the file was registered as."""
     memory_bytes = context.settings.teacher_check_memory_bytes
     command, environment = confinement(context.folder / GRAPHS, memory_bytes, LONGEST_S)
-    return {"confinement": {"command": command, "environment": environment}}
+    return {"command": command, "environment": environment}
 
 
 def _fetched(context: StepContext, named: Mapping[str, Any]) -> str:
@@ -181,14 +180,19 @@ def _fetched(context: StepContext, named: Mapping[str, Any]) -> str:
     return str(fetch_object(context, named["weights"], context.folder / folder / f"{named['teacher']}.{kind}"))
 
 
-def _verdict(fused: Mapping[str, Any]) -> str:
+def _verdict(fused: Mapping[str, Any], rights: Mapping[str, str]) -> str:
     best = fused["inputs"][fused["best_input"]]
     return (
         f"the fused teacher is worse than its best input: mAP {fused['teacher']['map']:.2f} %, and teacher "
         f"'{best['teacher']}' alone has {best['map']:.2f} %. It was not registered. Train longer or a wider "
         "student, weigh the losses otherwise, leave out weak inputs, or ask with keep_worse. The file stays with this "
-        f"job as {TEACHER} and can be uploaded as a teacher as it is"
+        f"job as {TEACHER} and can be uploaded as a teacher with {_stated(rights)}"
     )
+
+
+def _stated(rights: Mapping[str, str]) -> str:
+    """The rights of what was made, for whoever registers it by hand."""
+    return f"license '{rights['license']}', terms '{rights['terms']}' and consent_basis '{rights['consent_basis']}'"
 
 
 def _row(context: StepContext, path: Path) -> TeacherRow:
@@ -248,5 +252,5 @@ def _record(context: StepContext, row: TeacherRow) -> None:
         elif (known.sha256, (known.report or {}).get("job")) != (row.sha256, context.job_id):
             raise JobPermanentlyFailed(
                 f"somebody else has registered a teacher '{row.name}' meanwhile. This one stays with the job as "
-                f"{TEACHER}: upload it under another name"
+                f"{TEACHER}: upload it under another name, with {_stated(context.outputs['settle']['rights'])}"
             )

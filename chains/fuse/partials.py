@@ -11,7 +11,6 @@ from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-import numpy as np
 import torch
 from torch import Tensor
 
@@ -22,7 +21,7 @@ from chains.fuse.answering import Answerer, here
 from chains.fuse.crops import crop_view
 from chains.fuse.views import View, whole
 from chains.importers.containers import sniff
-from chains.importers.frozen import Pixels
+from chains.importers.frozen import Pixels, require_shapes, same_pixels
 from chains.model import ReIDModel
 from chains.pipeline import IMAGENET_MEAN, IMAGENET_STD
 
@@ -68,9 +67,13 @@ class Partial:
     @torch.no_grad()
     def answer(self, images: Tensor, input: InputSpec) -> Answer:
         """Of full images (n, 3, H, W) that are normalised as `input` says: the view is cut, that normalisation undone
-        and the network's own applied. Raises `WeightsRefused`."""
+        and the network's own applied. Raises `WeightsRefused`, also for an answer of another form than that to the
+        images it was opened with, and for numbers that are not finite."""
         try:
-            return self.run(_normalised_anew(crop_view(images, self.view), input, self.pixels))
+            answer = self.run(_normalised_anew(crop_view(images, self.view), input, self.pixels))
+            _require_form(answer, len(images), self.embedding_dim, self.map_shape)
+            _require_finite(answer)
+            return answer
         except WeightsRefused as error:
             raise WeightsRefused(f"input '{self.name}': {error}") from error
 
@@ -129,7 +132,7 @@ def _network(file: Path, view: View | None, pixels: Pixels | None) -> Partial:
     stated = exported.origin.input
     view = view or whole(stated.height, stated.width)
     _require_size(file, view, stated.height, stated.width)
-    if pixels is not None and not _is_close(pixels, (stated.mean, stated.std)):
+    if pixels is not None and not same_pixels(pixels, (stated.mean, stated.std)):
         raise _other_pixels(file, pixels, (stated.mean, stated.std))
     return _probed(file, view, (stated.mean, stated.std), (), Network(exported.model))
 
@@ -150,7 +153,7 @@ def _graph(
     file: Path, view: View | None, pixels: Pixels | None, usual_size: tuple[int, int], graph: Answerer
 ) -> Partial:
     stated, notes = graph.pixels, []
-    if stated is not None and pixels is not None and not _is_close(pixels, stated):
+    if stated is not None and pixels is not None and not same_pixels(pixels, stated):
         raise _other_pixels(file, pixels, stated)
     if stated is None and pixels is None:
         notes.append("nobody stated its mean and std, so ImageNet's were taken")
@@ -167,18 +170,31 @@ def _probed(file: Path, view: View, pixels: Pixels, notes: tuple[str, ...], run:
     with torch.no_grad():
         answer = run(torch.zeros(PROBES, 3, view.height, view.width))
     embedding, found = answer.embedding, answer.map
-    if embedding.ndim != 2 or len(embedding) != PROBES:
-        raise WeightsRefused(
-            f"it answers shape {tuple(embedding.shape)} to {PROBES} images; a teacher answers (images, D)"
-        )
-    if found is not None and (found.ndim != 4 or len(found) != PROBES):
-        raise WeightsRefused(f"its map has shape {tuple(found.shape)} for {PROBES} images, not (images, C, h, w)")
-    if not all(bool(t.isfinite().all()) for t in (embedding, found) if t is not None):
-        raise WeightsRefused("it answers numbers that are not finite to black images")
+    require_shapes(PROBES, tuple(embedding.shape), None if found is None else tuple(found.shape))
+    _require_finite(answer)
     shape = None if found is None else (found.shape[1], found.shape[2], found.shape[3])
     with file.open("rb") as opened:
         sha256 = hashlib.file_digest(opened, "sha256").hexdigest()
     return Partial(file.name, sha256, view, pixels, embedding.shape[1], shape, notes, run)
+
+
+def _require_form(answer: Answer, images: int, dim: int, map_shape: tuple[int, int, int] | None) -> None:
+    found = None if answer.map is None else tuple(answer.map.shape)
+    for what, shape, opened in (
+        ("an embedding", tuple(answer.embedding.shape), (images, dim)),
+        ("a map", found, None if map_shape is None else (images, *map_shape)),
+    ):
+        if shape != opened:
+            raise WeightsRefused(
+                f"it answers {what} of shape {shape} to {images} images; what it answered when it was opened asks for "
+                f"{opened}"
+            )
+
+
+def _require_finite(answer: Answer) -> None:
+    for found in (answer.embedding, answer.map):
+        if found is not None and (bad := int((~found.flatten(1).isfinite().all(dim=1)).sum())):
+            raise WeightsRefused(f"it answers numbers that are not finite to {bad} of {len(found)} images")
 
 
 def _normalised_anew(images: Tensor, input: InputSpec, pixels: Pixels) -> Tensor:
@@ -204,7 +220,3 @@ def _other_pixels(file: Path, said: Pixels, stated: Pixels) -> ChainMismatch:
     return ChainMismatch(
         f"input '{file}' states mean {stated[0]} and std {stated[1]}; the configuration says {said[0]} and {said[1]}"
     )
-
-
-def _is_close(one: Pixels, other: Pixels) -> bool:
-    return bool(np.allclose(np.array(one), np.array(other), atol=1e-4))

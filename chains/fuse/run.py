@@ -91,21 +91,23 @@ def run_fusion(
     Raises `DataError` when the folder holds something and `resume` was not asked for, or when what it holds is another
     run, and what `open_partial` and the engine raise.
     """
-    with joined(config.device) as team, ExitStack() as stack:
-        if team.is_first:
-            require_room(folder, CONFIG, resume=resume)
-        task = _opened(config, steps, changes, stack, confinement)
-        if team.is_first:
-            _claim(folder, task.config, moved=moved)
-            for note in (*(f"{task.source.name}: {note}" for note in task.source.notes), *task.notes):
-                say(note)
-        team.wait()
-        if (known := _done(folder, keep_worse=keep_worse)) is not None:
+    with ExitStack() as stack:
+        with joined(config.device) as team:
             if team.is_first:
-                say(f"{folder} is complete; nothing is left to do")
-            return known if team.is_first else None
-        log = stack.enter_context(RunLog(folder)) if team.is_first else None
-        trained = _train(task, folder, log, say)
+                require_room(folder, CONFIG, resume=resume)
+            task = _opened(config, steps, changes, stack, confinement)
+            if team.is_first:
+                _claim(folder, task.config, moved=moved)
+                for note in (*(f"{task.source.name}: {note}" for note in task.source.notes), *task.notes):
+                    say(note)
+            team.wait()
+            if (known := _done(folder, keep_worse=keep_worse)) is not None:
+                if team.is_first:
+                    say(f"{folder} is complete; nothing is left to do")
+                return known if team.is_first else None
+            log = stack.enter_context(RunLog(folder)) if team.is_first else None
+            trained = _train(task, folder, log, say)
+        # Outside of the group: how long the others wait in it is limited, and graphs may take long to measure.
         return None if log is None else _finish(task, folder, trained, log, keep_worse=keep_worse)
 
 

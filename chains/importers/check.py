@@ -35,6 +35,7 @@ USUAL_INPUT = InputSpec(256, 128, (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)) 
 FROZEN = "onnx"  # the architecture of a graph that cannot be refined
 BATCH = 8
 MOST_LISTED = 20  # names in a report
+MAPS = 2  # images: maps are large
 
 
 @dataclass(frozen=True)
@@ -118,16 +119,22 @@ def _check_network(found: Recognised, mark: Origin | None, declared: Declared, t
 
 
 def _check_frozen(file: Path, declared: Declared) -> dict[str, Any]:
-    from chains.importers.frozen import embed_frozen, read_graph  # half a second, and only graphs need it
+    # half a second, and only graphs need it
+    from chains.importers.frozen import embed_frozen, read_graph, require_map, require_pixels
 
     graph = read_graph(file)
     _require_declared(declared.architecture, FROZEN)
+    if declared.input is not None:
+        require_pixels(graph, (declared.input.mean, declared.input.std))
     stated = USUAL_INPUT if graph.pixels is None else replace(USUAL_INPUT, mean=graph.pixels[0], std=graph.pixels[1])
     wanted = declared.input or _sized(stated, declared.size)
     spec = replace(wanted, height=graph.height or wanted.height, width=graph.width or wanted.width)
     shown = people(spec)
-    embeddings = embed_frozen(graph, normalise(shown.pixels, spec).numpy())
+    images = normalise(shown.pixels, spec).numpy()
+    embeddings = embed_frozen(graph, images)
     require_sane(embeddings)
+    if graph.map is not None:
+        require_map(graph, images[:MAPS])
     fixed = [f"the batch is fixed at {graph.batch}"] if graph.batch else []
     whose = "ImageNet's" if graph.pixels is None else "the file's"
     assumed = [] if declared.input else [_assumed(spec, whose, declared.size)]

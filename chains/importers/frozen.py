@@ -7,7 +7,6 @@ ask for any amount of memory and time, so it is only ever run where both are cap
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,6 +17,7 @@ import onnx
 import onnxruntime
 from numpy.typing import NDArray
 from onnx import GraphProto, ModelProto, TensorProto, ValueInfoProto
+from pydantic import ConfigDict, FiniteFloat, TypeAdapter, ValidationError
 
 from chains.errors import WeightsRefused
 
@@ -26,11 +26,13 @@ OPSETS = range(7, 27)
 DOMAINS = frozenset({"", "ai.onnx"})
 FLOATS = {TensorProto.FLOAT: np.float32, TensorProto.FLOAT16: np.float16}
 THREADS = 2
+MAX_CHANNELS = 16_384  # of an embedding and of a map: whoever learns from them builds a layer for each of these
 
 Channels = tuple[float, float, float]
 Pixels = tuple[Channels, Channels]
 """mean and std of 0..1, one number per channel"""
 Floats = NDArray[np.float32]
+_CHANNELS = TypeAdapter(tuple[FiniteFloat, FiniteFloat, FiniteFloat], config=ConfigDict(strict=True))
 
 
 @dataclass(frozen=True)
@@ -127,11 +129,45 @@ class Session:
 def embed_frozen(graph: FrozenGraph, images: Floats) -> Floats:
     """Embeddings (n, D) of normalised images (n, 3, H, W) by onnxruntime. Raises `WeightsRefused` when it fails."""
     embeddings, _ = Session(graph)(images)
-    if embeddings.ndim != 2 or len(embeddings) != len(images):
-        raise WeightsRefused(
-            f"the graph answers shape {embeddings.shape} for {len(images)} images; a teacher answers (images, D)"
-        )
+    require_shapes(len(images), embeddings.shape, None)
     return embeddings
+
+
+def require_map(graph: FrozenGraph, images: Floats) -> None:
+    """Raises `WeightsRefused` where the map of a graph that has one is none that can be learnt from."""
+    embeddings, found = Session(graph, with_map=True)(images)
+    require_shapes(len(images), embeddings.shape, None if found is None else found.shape)
+
+
+def require_shapes(images: int, embedding: tuple[int, ...], found: tuple[int, ...] | None) -> None:
+    """The shapes of an embedding and of a map, if there is one. Raises `WeightsRefused` for others than (images, D) and
+    (images, C, h, w), with D and C up to `MAX_CHANNELS`."""
+    for what, shape, form in (("an embedding", embedding, "(images, D)"), ("a map", found, "(images, C, h, w)")):
+        if shape is None:
+            continue
+        if len(shape) != form.count(",") + 1 or shape[0] != images or 0 in shape:
+            raise WeightsRefused(f"it answers {what} of shape {shape} to {images} images; a teacher answers {form}")
+        if shape[1] > MAX_CHANNELS:
+            raise WeightsRefused(
+                f"it answers {what} of shape {shape} to {images} images: {shape[1]:,} channels, and {MAX_CHANNELS:,} "
+                "can be learnt from"
+            )
+
+
+def require_pixels(graph: FrozenGraph, registered: Pixels) -> None:
+    """Raises `WeightsRefused` for a graph that states another mean and std than it was registered with. Nobody can tell
+    which are wrong, and it would contradict its registration wherever it is used, for it is kept as it came."""
+    if graph.pixels is not None and not same_pixels(graph.pixels, registered):
+        (mean, std), (own_mean, own_std) = registered, graph.pixels
+        raise WeightsRefused(
+            f"the teacher was registered with mean {mean} and std {std}, and its metadata state mean {own_mean} and "
+            f"std {own_std}; register it with those, or with the size of its images alone"
+        )
+
+
+def same_pixels(one: Pixels, other: Pixels) -> bool:
+    """Whether two statements mean the same mean and std, which people write down with four digits."""
+    return bool(np.allclose(np.array(one), np.array(other), atol=1e-4))
 
 
 def _refuse_external(model: ModelProto) -> None:
@@ -206,13 +242,21 @@ def _stated_pixels(model: ModelProto) -> Pixels | None:
     marks = {entry.key: entry.value for entry in model.metadata_props}
     if not {"reid.mean", "reid.std"} <= marks.keys():
         return None
+    said = marks["reid.mean"], marks["reid.std"]
     try:
-        mean, std = (tuple(map(float, json.loads(marks[f"reid.{name}"]))) for name in ("mean", "std"))
-    except (TypeError, ValueError, RecursionError) as error:
-        raise WeightsRefused("its metadata reid.mean and reid.std cannot be read as lists of numbers") from error
-    if len(mean) != 3 or len(std) != 3 or not all(np.isfinite((*mean, *std))) or min(std) <= 0:
-        raise WeightsRefused(f"its metadata state a mean of {mean} and a std of {std}: three numbers each, std > 0")
+        mean, std = map(_CHANNELS.validate_json, said)
+    except ValidationError as error:
+        raise _no_pixels(*said) from error
+    if min(std) <= 0:
+        raise _no_pixels(*said)
     return mean, std
+
+
+def _no_pixels(mean: str, std: str) -> WeightsRefused:
+    return WeightsRefused(
+        f"its metadata state a reid.mean of {mean[:80]} and a reid.std of {std[:80]}; each is a JSON list of three "
+        "finite numbers, std > 0"
+    )
 
 
 def _image_shape(value: ValueInfoProto) -> tuple[int | None, int | None, int | None]:

@@ -189,8 +189,9 @@ def test_a_teacher_that_is_worse_than_its_best_input_ends_the_job_with_both_figu
     assert fused["is_worse"] == (fused["teacher"]["map"] < best)
     context.outputs["fuse"] = {**fused, "is_worse": True, "best_input": 1}
     worse = rf"mAP {fused['teacher']['map']:.2f} %, and teacher 'legs' alone has {fused['inputs'][1]['map']:.2f} %"
+    rights = "license 'MIT AND GPL-3.0 AND CC-BY-NC-4.0', terms 'research' and consent_basis 'consent'"
     for _ in range(2):
-        with pytest.raises(JobPermanentlyFailed, match=worse) as refused:
+        with pytest.raises(JobPermanentlyFailed, match=f"{worse}.*{rights}$") as refused:
             run(context, "fuse", ["register"])
         assert not is_transient(refused.value)
     assert teachers(world).keys() == {"toy", "legs"}
@@ -252,6 +253,22 @@ def test_a_graph_that_wants_more_memory_than_it_may_have_ends_the_job_and_not_th
     with pytest.raises(JobPermanentlyFailed, match=r"input 'graphs/hog\.onnx': .*(alloc|memory)") as refused:
         run(context, "fuse")
     assert str(tmp_path) not in str(refused.value)
+
+
+def test_a_graph_under_the_name_of_a_network_is_not_run_in_the_training(
+    tmp_path: Path, make_fusing: Callable[[Path], World]
+) -> None:
+    world = make_fusing(tmp_path / "service")
+    world.settings = world.settings.model_copy(update={"teacher_check_memory_bytes": 1024**3})
+    add_graph(world, "hog", a_hog(tmp_path / "hog.onnx"), 32, 16)
+    with world.database.transaction() as session:
+        row = TeacherRows(session).find("hog")
+        assert row is not None
+        row.format, row.architecture = "safetensors", "resnet18"
+    inputs = [{"teacher": "hog", "view": {"top": 0.0, "bottom": 1.0}}]
+    context = world.context("fuse", spelt_out({**FUSE, "inputs": inputs, "steps": 1}), tmp_path / "worker")
+    with pytest.raises(JobPermanentlyFailed, match=r"input 'networks/hog\.safetensors': "):
+        run(context, "fuse")
 
 
 def a_hog(path: Path) -> Path:

@@ -22,10 +22,10 @@ def a_graph(
     has_map: bool = False,
     batch: int | None = None,
     is_half: bool = False,
-    stated: tuple[list[float], list[float]] | None = None,
+    stated: tuple[object, object] | None = None,
 ) -> Path:
     """Conv, ReLU, average, linear; `has_map`: what the ReLU gives is a second output. stated: mean and std in the
-    metadata."""
+    metadata, as JSON."""
     generator = np.random.default_rng(0)
     kind, dtype = (TensorProto.FLOAT16, np.float16) if is_half else (TensorProto.FLOAT, np.float32)
     weights = {

@@ -1,8 +1,10 @@
 """Factorized Distillation: partial teachers, the two losses, and the student that they train."""
 
-from collections.abc import Sequence
+import math
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -19,6 +21,7 @@ from chains.fuse.objective import Fusion, FusionLoss, fuse, map_loss, retrieval_
 from chains.fuse.partials import Answer, Network, Partial, open_partial, perceive
 from chains.fuse.viewed import train_partial
 from chains.fuse.views import View, whole
+from chains.importers.check import Declared, check
 from chains.importers.frozen import embed_frozen, read_graph
 from chains.losses import LossRecipe, ReIDLoss
 from chains.model import ReIDModel, normalise, numpy_tensors
@@ -167,6 +170,70 @@ def test_files_of_no_use_are_refused_with_their_name(tmp_path: Path) -> None:
     network.write_bytes(network.read_bytes()[:-4])
     with pytest.raises(ChainFileError, match=r"a\.safetensors"):
         open_partial(network)
+
+
+@pytest.mark.parametrize("size", [{"dim": 16_385}, {"channels": 16_385, "has_map": True}])
+def test_more_channels_than_a_head_can_have_are_refused_at_the_upload_and_when_opened(
+    tmp_path: Path, size: dict[str, Any]
+) -> None:
+    path, words = a_graph(tmp_path / "a.onnx", height=16, width=16, **size), "16,385 channels, and 16,384 can be learnt"
+    with pytest.raises(WeightsRefused, match=words):
+        check(path, Declared())
+    with pytest.raises(WeightsRefused, match=rf"a\.onnx': .*{words}"):
+        open_partial(path)
+
+
+def test_the_most_channels_are_accepted(tmp_path: Path) -> None:
+    path = a_graph(tmp_path / "a.onnx", height=16, width=16, dim=16_384)
+    assert check(path, Declared())["embedding_dim"] == open_partial(path).embedding_dim == 16_384
+
+
+def test_another_normalisation_than_the_graph_states_is_refused_at_the_upload_with_the_numbers(tmp_path: Path) -> None:
+    """By as little as a fusion refuses."""
+    path = a_graph(tmp_path / "a.onnx", height=32, width=16, stated=([0.5] * 3, [0.25] * 3))
+    for mean, words in ((0.4, r"mean \(0.4, 0.5, 0.5\)"), (0.4995, r"mean \(0.4995, 0.5, 0.5\)")):
+        declared = InputSpec(32, 16, (mean, 0.5, 0.5), (0.25, 0.25, 0.25))
+        with pytest.raises(WeightsRefused, match=rf"registered with {words}.* state mean \(0.5, 0.5, 0.5\)"):
+            check(path, Declared(input=declared))
+        with pytest.raises(ChainMismatch):
+            open_partial(path, pixels=(declared.mean, declared.std))
+    for stated in (Declared(input=replace(INPUT, mean=(0.50001, 0.5, 0.5), std=(0.25,) * 3)), Declared(size=(32, 16))):
+        found = check(path, stated)["input"]
+        open_partial(path, pixels=(tuple(found["mean"]), tuple(found["std"])))
+
+
+@pytest.mark.parametrize(
+    "mean", [[10**400, 0, 0], "123", {"1": 0, "2": 0, "3": 0}, [True, 0, 0], ["1", 0, 0], [0, 0], 1]
+)
+def test_a_stated_normalisation_is_three_finite_numbers(tmp_path: Path, mean: object) -> None:
+    with pytest.raises(WeightsRefused, match=r"reid\.mean of .* each is a JSON list of three finite numbers"):
+        read_graph(a_graph(tmp_path / "a.onnx", stated=(mean, [1, 1, 1])))
+
+
+def spoilt(tensor: Tensor, value: float) -> Tensor:
+    tensor = tensor.clone()
+    tensor[1].view(-1)[0] = value
+    return tensor
+
+
+@pytest.mark.parametrize(
+    ("spoil", "words"),
+    [
+        (lambda a: replace(a, embedding=a.embedding[:7]), r"an embedding of shape \(7, 7\) to 8 images; .* \(8, 7\)"),
+        (lambda a: replace(a, embedding=a.embedding[:, :1]), r"an embedding of shape \(8, 1\) .* \(8, 7\)"),
+        (lambda a: replace(a, map=a.map[:1]), r"a map of shape \(1, 5, 6, 5\) to 8 images; .* \(8, 5, 6, 5\)"),
+        (lambda a: replace(a, map=a.map[:, :1]), r"a map of shape \(8, 1, 6, 5\) .* \(8, 5, 6, 5\)"),
+        (lambda a: replace(a, map=None), r"a map of shape None .* \(8, 5, 6, 5\)"),
+        (lambda a: replace(a, embedding=spoilt(a.embedding, math.nan)), "not finite to 1 of 8 images"),
+        (lambda a: replace(a, map=spoilt(a.map, math.inf)), "not finite to 1 of 8 images"),
+    ],
+)
+def test_an_answer_of_another_form_than_when_it_was_opened_is_refused(
+    foreign: Partial, spoil: Callable[[Answer], Answer], words: str
+) -> None:
+    changing = replace(foreign, run=lambda images: spoil(foreign.run(images)))
+    with pytest.raises(WeightsRefused, match=rf"input 'lower\.onnx': it answers .*{words}"):
+        changing.answer(a_batch()[0], INPUT)
 
 
 def test_a_run_directory_stands_for_its_teacher(tmp_path: Path) -> None:

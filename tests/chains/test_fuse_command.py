@@ -7,17 +7,20 @@ import re
 import shutil
 import subprocess
 import sys
+from collections.abc import Callable
 from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
 import pytest
 from PIL import Image
+from torch import distributed
 
 from chains.artifact import load
 from chains.config import DataConfig
 from chains.errors import DataError
 from chains.export import load_trained, read_exported
+from chains.fuse import run as fusing
 from chains.fuse.answering import Confinement
 from chains.fuse.config import (
     FusionConfig,
@@ -297,6 +300,30 @@ def test_a_run_that_goes_on_elsewhere_with_its_graphs_in_other_processes_ends_wi
     assert report["inputs"] == report_in(site / "run")["inputs"]
     ended, whole = (load_trained(folder / "teacher.safetensors") for folder in (run, site / "run"))
     assert digest(ended.model.state_dict()) == digest(whole.model.state_dict())
+
+
+def test_the_group_of_processes_has_ended_when_everybody_is_measured(
+    site: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The others would wait in it, and they do not wait for ever. A group of one, as torchrun starts it."""
+    given = {"TORCHELASTIC_RUN_ID": "a", "RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": "0"}
+    for name, value in {**given, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "0"}.items():
+        monkeypatch.setenv(name, value)
+    stood: list[bool] = []
+    for name in ("fuse", "measure"):
+        monkeypatch.setattr(fusing, name, noting(getattr(fusing, name), stood))
+    run_fusion(read_fusion(site / "toy.toml"), tmp_path / "run", resume=False, keep_worse=True, say=print, steps=1)
+    assert stood == [True, False]
+
+
+def noting(work: Callable[..., Any], stood: list[bool]) -> Callable[..., Any]:
+    """`work`, with a note of whether there is a group when it begins."""
+
+    def noted(*given: Any, **named: Any) -> Any:
+        stood.append(distributed.is_initialized())
+        return work(*given, **named)
+
+    return noted
 
 
 def test_a_taken_folder_is_refused(site: Path, widthwise: Command, tmp_path: Path) -> None:
