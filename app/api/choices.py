@@ -106,10 +106,7 @@ def _figure(mean_ap: float | None) -> str:
 def _on(frontier: Frontier | None) -> str:
     if frontier is None:
         return ""
-    return (
-        f" on '{frontier.dataset}' (protocol {frontier.protocol}, seed {frontier.seed}, queries {frontier.queries:,}, "
-        f"gallery images {frontier.gallery:,})"
-    )
+    return f" on '{frontier.dataset}' ({frontier.queries:,} queries, {frontier.gallery:,} gallery images)"
 
 
 def _why_not(declined: Declined) -> str:

@@ -396,9 +396,8 @@ def test_the_manifest_says_why_a_terminal_chain_was_taken(client: TestClient) ->
     choice = ask(client, better)["choice"]
     assert choice["chosen"] == "terminal"
     assert choice["why"] == (
-        "Terminal chain 'better' measures 52.5 mAP on 'made up for tests' (protocol none, seed 0, queries 1, gallery "
-        "images 1); student 4x2-4-8 of chain 'fleet' measures 51 mAP on the same. Both answer in embedding space "
-        "'fleet-1'."
+        "Terminal chain 'better' measures 52.5 mAP on 'made up for tests' (1 queries, 1 gallery images); student "
+        "4x2-4-8 of chain 'fleet' measures 51 mAP on the same. Both answer in embedding space 'fleet-1'."
     )
     assert choice["student"] == {"width": "4x2-4-8", "map": 51.0}
     nothing = {"limit": None, "allowed": None, "needed": None}
