@@ -4,5 +4,7 @@ from __future__ import annotations
 
 import re
 
-NAME = re.compile(r"[a-z0-9][a-z0-9._-]{0,62}")
-PATTERN = f"^{NAME.pattern}$"  # for descriptions of the interface
+from chains import artifact
+
+PATTERN = artifact.NAME
+NAME = re.compile(PATTERN)

@@ -32,6 +32,7 @@ from pydantic import (
 
 from chains.arch import Architecture
 from chains.architectures import architecture
+from chains.artifact import NAME
 from chains.config import DataConfig, OutputConfig, from_toml, mistake_in, to_toml
 from chains.errors import ChainsError, DataError, WidthError
 from chains.fuse.objective import FusionLoss
@@ -131,7 +132,7 @@ class FusionConfig(_Strict):
     """A fusion. `name`: of the run. `license`: of the teacher that comes out. `train`: by default our usual schedule.
     `validation_identities`: how many of the test identities are looked at while training; 0: none."""
 
-    name: str = Field(pattern=r"^[a-z0-9][a-z0-9._-]{0,62}$")
+    name: str = Field(pattern=NAME)
     license: str = Field(min_length=1, max_length=200)
     seed: int = Field(0, ge=0)
     device: Literal["cpu", "cuda"] = "cpu"

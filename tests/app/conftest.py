@@ -22,6 +22,8 @@ import pytest
 from fastapi import FastAPI
 from fastapi.testclient import TestClient
 
+from app.db.migrate import migrate
+from app.db.session import Database
 from app.main import create_app, prepare
 from app.settings import Settings
 from chains import artifact
@@ -263,3 +265,13 @@ def answers(url: str) -> bool:
             return True
     except OSError:
         return False
+
+
+@pytest.fixture(params=["sqlite", "postgresql"])
+def database(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[Database]:
+    """Each of the two kinds, migrated and empty."""
+    url = None if request.param == "sqlite" else request.getfixturevalue("postgres_url")
+    database = Database(Settings(data_dir=tmp_path, database_url=url).database)
+    migrate(database)
+    yield database
+    database.dispose()

@@ -89,15 +89,6 @@ class Scripted(LocalStore):
             hook(key)
 
 
-@pytest.fixture(params=["sqlite", "postgresql"])
-def database(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[Database]:
-    url = None if request.param == "sqlite" else request.getfixturevalue("postgres_url")
-    database = Database(Settings(data_dir=tmp_path, database_url=url).database)
-    migrate(database)
-    yield database
-    database.dispose()
-
-
 @pytest.fixture
 def store(tmp_path: Path) -> Scripted:
     store = Scripted(tmp_path / "objects")

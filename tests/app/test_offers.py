@@ -27,7 +27,6 @@ from app.errors import AppError, ChainInUse, OfferRefused, PromotionRefused, Unk
 from app.services.offers import Offer, Offers
 from app.services.promotion import Promotion
 from app.services.registry import Registry
-from app.settings import Settings
 from app.storage import open_store
 from app.terms import Rights
 from chains import artifact
@@ -58,15 +57,6 @@ def files() -> dict[str, bytes]:
 
 
 # Deciding
-
-
-@pytest.fixture(params=["sqlite", "postgresql"])
-def database(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[Database]:
-    url = None if request.param == "sqlite" else request.getfixturevalue("postgres_url")
-    database = Database(Settings(data_dir=tmp_path, database_url=url).database)
-    migrate(database)
-    yield database
-    database.dispose()
 
 
 @pytest.fixture

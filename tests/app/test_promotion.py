@@ -16,7 +16,6 @@ from fastapi.testclient import TestClient
 from sqlalchemy import select
 
 from app.actor import Actor
-from app.db.migrate import migrate
 from app.db.repositories import Aliases, Chains
 from app.db.session import Database
 from app.db.tables import AuditRow, JobRow
@@ -33,7 +32,6 @@ from app.errors import (
 from app.services.promotion import Expected, Promotion
 from app.services.provision import ModelRequest, Provision
 from app.services.registry import Registry
-from app.settings import Settings
 from app.storage import open_store
 from app.terms import Rights
 from chains import artifact
@@ -49,15 +47,6 @@ NAMES = ("a", "b", "c")
 @pytest.fixture(scope="module")
 def files() -> dict[str, bytes]:
     return {name: artifact.dump(pico_chain(name=name, seed=seed, rungs=2)) for seed, name in enumerate(NAMES)}
-
-
-@pytest.fixture(params=["sqlite", "postgresql"])
-def database(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[Database]:
-    url = None if request.param == "sqlite" else request.getfixturevalue("postgres_url")
-    database = Database(Settings(data_dir=tmp_path, database_url=url).database)
-    migrate(database)
-    yield database
-    database.dispose()
 
 
 @pytest.fixture
